@@ -1,0 +1,32 @@
+# Two commands for a newcomer: `make demo` and `make test`. Each makes the environment first, once.
+
+VENV ?= .venv
+PYTHON ?= python3
+RUN := OMP_NUM_THREADS=1 $(VENV)/bin/
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint format clean
+
+demo: $(READY)
+	$(VENV)/bin/hf-arch demo $(DEMO)
+
+test: $(READY)
+	$(RUN)python -m pytest -n $${TEST_WORKERS:-auto} $(TESTS)
+
+lint: $(READY)
+	$(RUN)ruff check . && $(RUN)ruff format --check .
+
+format: $(READY)
+	$(RUN)ruff check --fix . && $(RUN)ruff format .
+
+# torch first: with it there, nothing that follows pulls a CUDA build onto a machine without a GPU
+$(READY): pyproject.toml setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hf_arch needs Python 3.11 or newer; try: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet "torch==2.13.0"
+	$(VENV)/bin/python -m pip install --quiet --editable ".[test,lint]"
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info hf_arch_demo

@@ -1,0 +1,9 @@
+"""Model architectures as citizens of the Hugging Face Hub. `import hf_arch` makes them known to transformers and PEFT."""
+
+from hf_arch.catalogue import ARCHITECTURES, Architecture, find, register
+from hf_arch.lora import lora_config, register_targets
+
+register()
+register_targets()
+
+__all__ = ["ARCHITECTURES", "Architecture", "find", "lora_config"]

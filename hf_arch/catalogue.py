@@ -1,0 +1,106 @@
+"""The whole zoo on one page: a row per architecture, registered with transformers at `import hf_arch`."""
+
+import difflib
+import importlib
+from dataclasses import dataclass, field
+
+import transformers
+
+AUTO_CLASSES = {
+    "Model": "AutoModel",
+    "ForCausalLM": "AutoModelForCausalLM",
+    "ForMaskedLM": "AutoModelForMaskedLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+}
+
+DECODER = ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+
+TINY = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One row: where an architecture lives, what it serves, and which promises its mathematics cannot keep."""
+
+    name: str  # its folder in modeling/<family>, and the end of its model_type
+    prefix: str  # of its classes: ArchRetNet -> ArchRetNetConfig, ArchRetNetModel, ArchRetNetForCausalLM
+    family: str  # dense, hierarchical, long_context, moe, state_space
+    title: str  # what people call it
+    paper: str
+    heads: tuple[str, ...] = DECODER
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    tiny: dict = field(default_factory=dict)  # fields of its tiny config, beside those that all have
+    head_fields: dict[str, dict] = field(default_factory=dict)  # what a head asks of the config
+    exceptions: dict[str, str] = field(default_factory=dict)  # promise -> the mathematical reason that it cannot hold
+
+    @property
+    def model_type(self) -> str:
+        return f"hf_arch_{self.name}"
+
+    def load(self, suffix: str) -> type:
+        """The class of `suffix`: "Config", "Model" or a head such as "ForCausalLM"."""
+        if suffix not in ("Config", *self.heads):
+            raise ValueError(f"{self.name} has no {suffix}; it has Config, {', '.join(self.heads)}.")
+        kind = "configuration" if suffix == "Config" else "modeling"
+        module = importlib.import_module(f"hf_arch.modeling.{self.family}.{self.name}.{kind}_{self.name}")
+        return getattr(module, self.prefix + suffix)
+
+    def tiny_config(self, head: str = "Model", **overrides):
+        """A config for tests: two layers, a vocabulary of 96, every part of the architecture in use."""
+        return self.load("Config")(**(TINY | self.tiny | self.head_fields.get(head, {}) | overrides))
+
+
+ARCHITECTURES = (
+    Architecture(
+        "transformer",
+        "ArchTransformer",
+        family="dense",
+        title="Transformer",
+        paper="arXiv:1706.03762",
+        heads=(*DECODER, "ForMaskedLM"),
+        tiny={"num_key_value_heads": 2},
+        head_fields={"ForMaskedLM": {"direction": "bidirectional"}},
+    ),
+    Architecture(
+        "retnet",
+        "ArchRetNet",
+        family="state_space",
+        title="RetNet",
+        paper="arXiv:2307.08621",
+        lora_targets=("q_proj", "k_proj", "v_proj", "g_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    ),
+)
+
+
+def find(name: str) -> Architecture:
+    """The row called `name` (or whose model_type it is); an unknown name is answered with the nearest ones."""
+    rows = {row.name: row for row in ARCHITECTURES}
+    key = name.lower().replace("-", "_").removeprefix("hf_arch_")
+    if key not in rows:
+        near = difflib.get_close_matches(key, rows, n=3, cutoff=0.4) or rows
+        raise ValueError(
+            f"No architecture is called {name!r}. Did you mean {', '.join(near)}? `hf-arch list` shows all."
+        )
+    return rows[key]
+
+
+def register() -> None:
+    """Make every architecture known to the Auto classes. Does nothing the second time, and overrides no one."""
+    for row in ARCHITECTURES:
+        config = row.load("Config")
+        if row.model_type not in transformers.models.auto.configuration_auto.CONFIG_MAPPING:
+            transformers.AutoConfig.register(row.model_type, config)
+        for head in row.heads:
+            auto = getattr(transformers, AUTO_CLASSES[head])
+            if config not in auto._model_mapping:
+                auto.register(config, row.load(head))

@@ -1,0 +1,101 @@
+"""The Transformer (Vaswani et al., 2017, arXiv:1706.03762): each choice of the config is a class, picked once."""
+
+import torch
+from torch import nn
+
+from ...layers.attention import Attention, BidirectionalAttention
+from ...layers.norm import RMSNorm
+from ...layers.positions import (
+    AlibiBias,
+    LearnedPositions,
+    NoPositions,
+    RotaryEmbedding,
+    SinusoidalPositions,
+    T5Bias,
+    XPosRotaryEmbedding,
+)
+from ...layers.residual import DeepNorm, Parallel, PostNorm, PreNorm
+from ...skeleton.backbone import Backbone
+from ...skeleton.heads import CausalLM, MaskedLM, QuestionAnswering, SequenceClassification, TokenClassification
+from .configuration_transformer import ArchTransformerConfig
+
+NORMS = {"rms_norm": RMSNorm, "layer_norm": nn.LayerNorm}
+WIRINGS = {"pre_norm": PreNorm, "post_norm": PostNorm, "deep_norm": DeepNorm, "parallel": Parallel}
+POSITIONS = {
+    "none": NoPositions,
+    "sinusoidal": SinusoidalPositions,
+    "learned": LearnedPositions,
+    "rope": RotaryEmbedding,
+    "xpos": XPosRotaryEmbedding,
+    "alibi": AlibiBias,
+    "t5": T5Bias,
+}
+
+
+class ArchTransformerModel(Backbone):
+    config: ArchTransformerConfig
+    mixers = {
+        "full_attention": Attention,
+        "sliding_attention": Attention,
+        "bidirectional_attention": BidirectionalAttention,
+    }
+
+    def __init__(self, config: ArchTransformerConfig):
+        self.norm_class = NORMS[config.norm_type]
+        self.residual = WIRINGS[config.residual_type]
+        self.positions = POSITIONS[config.position_type]
+        super().__init__(config)
+
+    def make_masks(
+        self,
+        inputs_embeds,
+        attention_mask,
+        past_key_values,
+        position_ids,
+        prefix_length: int | torch.Tensor | None = None,
+        prefix_mask: torch.Tensor | None = None,
+        **context,
+    ):
+        """`prefix_length` (a number, or one per row [batch], in real tokens) or `prefix_mask` [batch, length]: the
+        tokens at the start that see each other both ways."""
+        if prefix_length is None and prefix_mask is None or isinstance(attention_mask, dict):
+            return super().make_masks(inputs_embeds, attention_mask, past_key_values, position_ids, **context)
+        if self.config.direction != "prefix":
+            raise ValueError(f"A prefix needs direction='prefix'; this model is {self.config.direction}.")
+        batch, length = inputs_embeds.shape[:2]
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        real = attention_mask if attention_mask is not None else inputs_embeds.new_ones(batch, seen + length)
+        if prefix_mask is None:
+            limit = torch.as_tensor(prefix_length, device=real.device).reshape(-1, 1)
+            prefix_mask = real.long().cumsum(-1) <= limit
+        prefix_mask = prefix_mask.bool() & real[:, : prefix_mask.shape[1]].bool()
+        if prefix_mask[:, seen:].any() and seen:
+            raise ValueError("The prefix sees itself both ways: give it in one piece, without a cache before it.")
+        return super().make_masks(
+            inputs_embeds, attention_mask, past_key_values, position_ids, prefix=prefix_mask, **context
+        )
+
+
+class ArchTransformerForCausalLM(CausalLM):
+    config: ArchTransformerConfig
+    backbone = ArchTransformerModel
+
+
+class ArchTransformerForMaskedLM(MaskedLM):
+    config: ArchTransformerConfig
+    backbone = ArchTransformerModel
+
+
+class ArchTransformerForSequenceClassification(SequenceClassification):
+    config: ArchTransformerConfig
+    backbone = ArchTransformerModel
+
+
+class ArchTransformerForTokenClassification(TokenClassification):
+    config: ArchTransformerConfig
+    backbone = ArchTransformerModel
+
+
+class ArchTransformerForQuestionAnswering(QuestionAnswering):
+    config: ArchTransformerConfig
+    backbone = ArchTransformerModel

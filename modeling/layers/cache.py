@@ -1,0 +1,106 @@
+"""What a recurrent layer remembers. transformers' "linear_attention" layer counts on a convolution; ours does not."""
+
+import torch
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
+
+
+class RecurrentCacheLayer(CacheLayerMixin):
+    """Named tensors of fixed size, batch first, and the number of tokens they sum up."""
+
+    _layer_type = "recurrent"  # DynamicCache(config=...) builds one for each such entry of config.layer_types
+    supports_early_init = False
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.states: dict[str, torch.Tensor] = {}
+        self.cumulative_length: int | torch.Tensor = 0
+
+    def write(self, new_tokens: int, **states: torch.Tensor) -> None:
+        self.states.update(states)
+        self.cumulative_length += new_tokens
+        self.is_initialized = True
+
+    def read(self, name: str) -> torch.Tensor | None:
+        return self.states.get(name) if self.is_initialized else None
+
+    @property
+    def batch_size(self) -> int:
+        return next((len(state) for state in self.states.values()), -1)
+
+    def get_seq_length(self) -> int | torch.Tensor:
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cumulative_length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.states, self.cumulative_length, self.is_initialized = {}, 0, False
+
+    def change(self, each) -> None:
+        self.states = {name: each(state) for name, state in self.states.items()}
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.change(lambda state: state.index_select(0, beam_idx.to(state.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.change(lambda state: state.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.change(lambda state: state[indices])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise RuntimeError("A recurrent state cannot forget its last tokens.")
+
+    def lazy_initialization(self, key_states, value_states) -> None:
+        raise TypeError("A recurrent layer stores states, not keys and values: this cache is of another model.")
+
+    update = lazy_initialization
+
+    def offload(self) -> None:
+        """A state is small: it stays where it is."""
+
+    prefetch = offload
+
+
+class StaticRecurrentCacheLayer(RecurrentCacheLayer):
+    """The same at fixed addresses, written in place: for compiled decoding and CUDA graphs."""
+
+    _layer_type = None  # the name belongs to the class above; the entry below is the static one
+    is_compileable = True
+
+    def __init__(self, max_cache_len: int | None = None, **kwargs):
+        super().__init__(**kwargs)
+        self.cumulative_length = torch.zeros((), dtype=torch.long)
+
+    def write(self, new_tokens: int, **states: torch.Tensor) -> None:
+        for name, state in states.items():
+            if name not in self.states:
+                self.states[name] = self.at_fixed_address(torch.empty_like(state))
+            self.states[name].copy_(state)
+        if not self.is_initialized:
+            device = next(iter(self.states.values())).device
+            self.cumulative_length = self.at_fixed_address(self.cumulative_length.to(device))
+        self.cumulative_length.add_(new_tokens)
+        self.is_initialized = True
+
+    def at_fixed_address(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(tensor)
+        return tensor
+
+    def change(self, each) -> None:
+        for state in self.states.values():
+            state.copy_(each(state))
+
+    def reset(self) -> None:
+        for state in self.states.values():
+            state.zero_()
+        self.cumulative_length.zero_()
+        self.is_initialized = False
+
+
+STATIC_LAYER_TYPE_MAPPING[RecurrentCacheLayer._layer_type] = StaticRecurrentCacheLayer

@@ -1,0 +1,43 @@
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from .cache import RecurrentCacheLayer
+
+
+class Mixer(nn.Module):
+    """The part of a layer that moves information between positions. Attention, recurrence and SSM are all mixers.
+
+    A mixer is built from (config, layer_idx) and answers
+
+        mixer(hidden_states, attention_mask, position_embeddings, past_key_values, layer_idx) -> hidden_states
+
+    The layer type decides what the mask and the cache hold. Attention gets a 4D mask (or None) and stores keys and
+    values by `past_key_values.update`; a recurrence gets the number of each token's document, 0 for padding (None when
+    all are of one document), and keeps its states in `self.memory(past_key_values, layer_idx)`. The index of the cache
+    layer comes with the call, since layers may share a mixer. A mixer touches no other layer's cache. Whatever a call
+    may record (attention weights) passes through a module of `record.py`.
+    """
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    @staticmethod
+    def memory(past_key_values: Cache | None, layer_idx: int) -> RecurrentCacheLayer | None:
+        """The cache layer of this call."""
+        return None if past_key_values is None else past_key_values.layers[layer_idx]
+
+    def init_parameters(self, std: float) -> None:
+        """Fill the parameters that are not inside a Linear, Embedding or norm."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple | None = None,
+        past_key_values: Cache | None = None,
+        layer_idx: int = 0,
+        **kwargs,
+    ) -> torch.Tensor:
+        raise NotImplementedError

@@ -1,0 +1,157 @@
+"""The one stack of layers: embed, then layers of sub-layers, then norm. Architectures fill in the slots."""
+
+import functools
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import nn
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from ..layers.feed_forward import MLP, GatedMLP
+from ..layers.mixer import Mixer
+from ..layers.norm import RMSNorm
+from ..layers.positions import NoPositions
+from ..layers.record import AttentionWeights, RouterLogits
+from ..layers.residual import PreNorm, Residual
+from ..layers.training_buffer import update_training_buffers
+from ..layers.view import View
+from .checks import check_cache, check_inputs
+from .config import ArchConfig
+from .masks import MASKS, count_positions, key_positions
+from .pretrained import ArchPreTrainedModel
+
+
+class Layer(GradientCheckpointingLayer):
+    """Sub-layers (a mixer, a feed-forward, ...), wired by `residual` into the part of the stream that `view` shows."""
+
+    def __init__(self, view: View, residual: Residual, sublayers: dict[str, nn.Module]):
+        super().__init__()
+        self.view, self.residual, self.names = view, residual, tuple(sublayers)
+        for name, sublayer in sublayers.items():
+            self.add_module(name, sublayer)
+
+    @property
+    def sublayers(self) -> dict[str, nn.Module]:
+        return {name: getattr(self, name) for name in self.names}
+
+    def init_parameters(self, std: float) -> None:
+        self.residual.init_sublayers(self.sublayers)
+
+    def forward(self, stream: torch.Tensor, **context) -> torch.Tensor:
+        return self.view(stream, functools.partial(self.residual, sublayers=self.sublayers), **context)
+
+
+class Backbone(ArchPreTrainedModel):
+    """An architecture names the classes that fill the slots; dicts are keyed by the types in the config."""
+
+    mixers: ClassVar[dict[str, type[Mixer]]]
+    feed_forwards: ClassVar[dict[str, type[nn.Module] | None]] = {"gated": GatedMLP, "dense": MLP}
+    residual: ClassVar[type[Residual]] = PreNorm
+    views: ClassVar[dict[str, type[View]]] = {}
+    positions: ClassVar[type[nn.Module]] = NoPositions
+    masks: ClassVar[dict[str, Callable]] = {}
+    norm_class: ClassVar[Callable[[int, float], nn.Module]] = RMSNorm
+    _can_record_outputs = {
+        "hidden_states": Layer,
+        "attentions": OutputRecorder(AttentionWeights, index=0),
+        "router_logits": OutputRecorder(RouterLogits, index=0),
+    }
+
+    def __init__(self, config: ArchConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        if config.type_vocab_size:
+            self.embed_segments = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.embed_positions = self.positions(config)
+        self.embed_norm = self.make_norm() if config.embedding_norm else nn.Identity()
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        firsts = [config.layer_groups.index(group) for group in sorted(set(config.layer_groups))]
+        self.layers = nn.ModuleList(self.make_layer(layer_idx) for layer_idx in firsts)
+        self.norm = self.make_norm() if self.residual.final_norm else nn.Identity()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def make_norm(self) -> nn.Module:
+        return self.norm_class(self.config.hidden_size, self.config.norm_eps)
+
+    def make_layer(self, layer_idx: int) -> Layer:
+        sublayers = {name: kind(self.config, layer_idx) for name, kind in self.sublayers(layer_idx).items() if kind}
+        view = self.views.get(self.config.layer_types[layer_idx], View)(self.config, layer_idx)
+        return Layer(view, self.residual(self.config, tuple(sublayers), self.make_norm), sublayers)
+
+    def sublayers(self, layer_idx: int) -> dict[str, type[nn.Module] | None]:
+        """The classes of a layer's parts, in order."""
+        return {
+            "mixer": self.mixers[self.config.layer_types[layer_idx]],
+            "feed_forward": self.feed_forwards[self.config.feed_forward_types[layer_idx]],
+        }
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> MoeModelOutputWithPast:
+        check_inputs(self.config, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
+        if self.training:
+            update_training_buffers(self)
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        # Masks first: transformers and we look for packed documents only where there is no cache, not even an empty one
+        masks = self.make_masks(hidden_states, attention_mask, past_key_values, position_ids, **kwargs)
+        if use_cache and past_key_values is None and not self.training:
+            past_key_values = self.make_cache()
+        if position_ids is None:
+            position_ids = count_positions(hidden_states, attention_mask, past_key_values)
+        if token_type_ids is not None:
+            hidden_states = hidden_states + self.embed_segments(token_type_ids)
+        hidden_states, position_embeddings = self.embed_positions(hidden_states, position_ids)
+
+        stream = self.residual.enter(self.dropout(self.embed_norm(hidden_states)))
+        for layer_idx, group in enumerate(self.config.layer_groups):
+            kind = self.config.layer_types[layer_idx]
+            stream = self.layers[group](
+                stream,
+                attention_mask=masks[kind],
+                key_positions=masks.get(f"{kind}_key_positions"),
+                position_embeddings=position_embeddings,
+                layer_idx=layer_idx,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        hidden_states = self.norm(self.residual.leave(stream))
+        return MoeModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def make_cache(self) -> Cache:
+        if unknown := set(self.config.layer_types) - set(DYNAMIC_LAYER_TYPE_MAPPING):
+            raise ValueError(f"Layers of type {', '.join(unknown)} keep no cache: call with use_cache=False.")
+        return DynamicCache(config=self.config)
+
+    def make_masks(
+        self, inputs_embeds, attention_mask, past_key_values, position_ids, **context
+    ) -> dict[str, torch.Tensor | None]:
+        """One mask per layer type in use, shared by its layers, and the positions of its keys where a bias asks for
+        them. generate() may hand them over ready."""
+        if isinstance(attention_mask, dict):
+            return attention_mask
+        told = {"attention_mask": attention_mask, "past_key_values": past_key_values, "position_ids": position_ids}
+        makers, kinds = MASKS | self.masks, dict.fromkeys(self.config.layer_types)
+        masks = {
+            kind: makers[kind](config=self.config, inputs_embeds=inputs_embeds, **told, **context) for kind in kinds
+        }
+        if self.embed_positions.biased:
+            for kind in kinds:
+                layer_idx = self.config.layer_types.index(kind)
+                masks[f"{kind}_key_positions"] = key_positions(inputs_embeds, layer_idx, **told)
+        return masks

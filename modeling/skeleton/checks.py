@@ -1,0 +1,65 @@
+"""What is wrong with a call, said before the mathematics starts."""
+
+import torch
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING, Cache
+
+
+def check_inputs(config, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values) -> None:
+    """Raise a ValueError that says what to do. Values are looked at on the CPU only: elsewhere it would cost a wait."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+    tokens = input_ids if inputs_embeds is None else inputs_embeds
+    if tokens.ndim != (2 if inputs_embeds is None else 3):
+        raise ValueError(
+            f"Expected input_ids [batch, length] or inputs_embeds [batch, length, size], not {list(tokens.shape)}."
+        )
+    if past_key_values is not None:
+        check_cache(config, past_key_values)
+    if torch.compiler.is_compiling():
+        return
+    length = tokens.shape[1]
+    if length == 0:
+        raise ValueError("The text is empty: give at least one token.")
+    if position_ids is not None and position_ids.shape[-1] != length:
+        raise ValueError(f"position_ids has {position_ids.shape[-1]} entries for {length} tokens.")
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        check_mask(attention_mask, tokens, past_key_values)
+    if input_ids is not None and input_ids.device.type == "cpu":
+        low, high = input_ids.aminmax()
+        if low < 0 or high >= config.vocab_size:
+            raise ValueError(
+                f"Token ids go from {int(low)} to {int(high)}, but the vocabulary has {config.vocab_size} entries: the "
+                "tokenizer is of another model, or resize_token_embeddings is needed."
+            )
+
+
+def check_mask(attention_mask: torch.Tensor, tokens: torch.Tensor, past_key_values: Cache | None) -> None:
+    seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+    if isinstance(seen, int) and attention_mask.shape != (len(tokens), seen + tokens.shape[1]):
+        raise ValueError(
+            f"attention_mask is {list(attention_mask.shape)}, but there are {len(tokens)} rows of {tokens.shape[1]} tokens"
+            + (f" after {seen} cached ones: the mask covers both." if seen else ".")
+        )
+
+
+def check_cache(config, past_key_values: Cache) -> None:
+    """A cache holds one layer of the right kind for each layer of the model."""
+    layers = getattr(past_key_values, "layers", [])
+    if not layers and "recurrent" not in config.layer_types:
+        return  # DynamicCache() grows its attention layers by itself
+    fits = len(layers) == config.num_hidden_layers and all(
+        any(fitting.__name__ in (base.__name__ for base in type(layer).__mro__) for fitting in kinds)
+        for layer, kinds in zip(layers, map(cache_layers, config.layer_types), strict=True)
+    )
+    if not fits:
+        held = ", ".join(dict.fromkeys(type(layer).__name__ for layer in layers)) or "none"
+        raise ValueError(
+            f"past_key_values holds {len(layers)} layers ({held}), but {config.model_type} has "
+            f"{config.num_hidden_layers}, {', '.join(dict.fromkeys(config.layer_types))}: it is of another model. "
+            "Give none, or DynamicCache(config=model.config)."
+        )
+
+
+def cache_layers(kind: str) -> list[type]:
+    """The classes that may hold the cache of a layer type."""
+    return [kinds[kind] for kinds in (DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING) if kind in kinds]

@@ -1,0 +1,102 @@
+"""What each kind of layer is told about its tokens, made once per forward pass."""
+
+from collections.abc import Callable
+
+import torch
+from transformers import masking_utils
+from transformers.utils.import_utils import is_tracing
+
+
+def number_documents(inputs_embeds, attention_mask=None, past_key_values=None, position_ids=None, **kwargs):
+    """The number of each token's document, from 1, and 0 for padding; None when all are of one document.
+
+    A document starts where `position_ids` do not go on by one (packing; only looked for where nothing is cached).
+    """
+    batch, length = inputs_embeds.shape[:2]
+    real = None
+    if attention_mask is not None and attention_mask.ndim == 2:
+        real = attention_mask[:, -length:].bool()
+    packed = position_ids is not None and past_key_values is None
+    if not packed and real is None:
+        return None
+    if real is None:
+        real = torch.ones(batch, length, dtype=torch.bool, device=inputs_embeds.device)
+    start = torch.zeros_like(real)
+    if packed:
+        start[:, 1:] = (position_ids.diff(dim=-1) != 1) & real[:, 1:] & real[:, :-1]
+    if not is_tracing(real) and real.all() and not start.any():
+        return None
+    return (start.cumsum(-1) + 1) * real
+
+
+def told_apart(documents: torch.Tensor) -> torch.Tensor:
+    """Position ids that jump where a document starts, as transformers finds packed documents by. Padding becomes a
+    document of its own: it meets no one, and no row of the mask is empty."""
+    restart = documents.diff(dim=-1, prepend=documents[:, :1]) != 0
+    return torch.arange(documents.shape[1], device=documents.device) + restart.cumsum(-1)
+
+
+def several(documents: torch.Tensor | None) -> bool:
+    """Whether some row holds more than one document (taken for granted while tracing)."""
+    return documents is not None and (is_tracing(documents) or bool(documents.max() > 1))
+
+
+def causal(make_mask: Callable) -> Callable:
+    """transformers looks for packed documents only where there is no padding mask: tell it of both at once.
+
+    `prefix` [batch, length so far] (bool, optional) marks the tokens that see each other both ways.
+    """
+
+    def make(
+        config, inputs_embeds, attention_mask=None, past_key_values=None, position_ids=None, prefix=None, **kwargs
+    ):
+        told = {"attention_mask": attention_mask, "past_key_values": past_key_values, "position_ids": position_ids}
+        documents = number_documents(inputs_embeds, **told) if past_key_values is None else None
+        if several(documents):
+            told |= {"attention_mask": None, "position_ids": told_apart(documents)}
+        if prefix is not None:
+            prefix = torch.where(prefix, 1 if documents is None else documents, -1)
+        return make_mask(config=config, inputs_embeds=inputs_embeds, block_sequence_ids=prefix, **told)
+
+    return make
+
+
+def bidirectional(config, inputs_embeds, attention_mask=None, past_key_values=None, position_ids=None, **kwargs):
+    """Every real token of a document sees every other."""
+    told = {"attention_mask": attention_mask, "past_key_values": past_key_values}
+    documents = number_documents(inputs_embeds, position_ids=position_ids, **told)
+    if not several(documents):
+        return masking_utils.create_bidirectional_mask(config=config, inputs_embeds=inputs_embeds, **told)
+    told = {"attention_mask": None, "past_key_values": None, "position_ids": told_apart(documents)}
+    return masking_utils.create_causal_mask(
+        config=config, inputs_embeds=inputs_embeds, block_sequence_ids=documents, **told
+    )
+
+
+def count_positions(inputs_embeds, attention_mask=None, past_key_values=None) -> torch.Tensor:
+    """The place of each token among the real ones of its row, [batch or 1, length]."""
+    length = inputs_embeds.shape[1]
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    start = past_key_values.get_seq_length() if past_key_values is not None else 0
+    return torch.arange(length, device=inputs_embeds.device)[None] + start
+
+
+def key_positions(inputs_embeds, layer_idx: int, attention_mask=None, past_key_values=None, position_ids=None):
+    """The place of each key that a layer will see, [batch or 1, keys]: those in its cache and those to come."""
+    if past_key_values is None:
+        return count_positions(inputs_embeds, attention_mask) if position_ids is None else position_ids
+    keys, start = past_key_values.get_mask_sizes(inputs_embeds.shape[1], layer_idx)
+    column = torch.arange(keys, device=inputs_embeds.device) + start
+    if attention_mask is None or attention_mask.ndim != 2:
+        return column[None]
+    place = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    return place[:, column.clamp(max=place.shape[1] - 1)]
+
+
+MASKS: dict[str, Callable] = {
+    "full_attention": causal(masking_utils.create_causal_mask),
+    "sliding_attention": causal(masking_utils.create_sliding_window_causal_mask),
+    "bidirectional_attention": bidirectional,
+    "recurrent": number_documents,
+}

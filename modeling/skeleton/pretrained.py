@@ -1,0 +1,73 @@
+"""What every model of ours is to transformers."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+
+from .config import ArchConfig
+
+
+class ArchPreTrainedModel(PreTrainedModel):
+    config: ArchConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Layer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if hasattr(module, "init_parameters"):
+            module.init_parameters(self.config.initializer_range)
+
+    def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
+        """As in transformers, but in our own key names unless `save_original_format` asks for those of a converted
+        checkpoint: a resumed Trainer reads no others, and would silently drop the rest."""
+        return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers; a checkpoint of another architecture or a damaged file is named in the error."""
+        source = pretrained_model_name_or_path
+        config = kwargs.get("config")
+        if source is not None and not isinstance(config, cls.config_class):
+            fields, _ = cls.config_class.get_config_dict(source, **hub_options(kwargs))
+            found = fields.get("model_type")
+            if found is not None and found != cls.config_class.model_type:
+                raise ValueError(
+                    f"{source} holds a {found!r} checkpoint, not {cls.config_class.model_type!r}. If hf_arch knows the "
+                    "original, `hf-arch convert` translates it."
+                )
+        try:
+            return super().from_pretrained(source, *args, **kwargs)
+        except SafetensorError as error:
+            files = ", ".join(sorted(path.name for path in Path(str(source)).glob("*.safetensors"))) or "its weights"
+            raise OSError(
+                f"{source} is damaged: {files} cannot be read ({error}). Copy or download it again."
+            ) from error
+
+    # transformers would decide these by the name of the class, and by words in the file that the class is written in
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return True
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+
+def hub_options(kwargs: dict) -> dict:
+    """Of the arguments of from_pretrained, those that say where a checkpoint is."""
+    names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+    return {name: kwargs[name] for name in names if name in kwargs}
