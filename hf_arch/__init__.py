@@ -1,4 +1,4 @@
-"""Model architectures as citizens of the Hugging Face Hub. `import hf_arch` makes them known to transformers and PEFT."""
+"""Model architectures for the Hugging Face Hub. `import hf_arch` makes them known to transformers and PEFT."""
 
 from hf_arch.catalogue import ARCHITECTURES, Architecture, find, register
 from hf_arch.lora import lora_config, register_targets

@@ -70,6 +70,10 @@ ARCHITECTURES = (
         heads=(*DECODER, "ForMaskedLM"),
         tiny={"num_key_value_heads": 2},
         head_fields={"ForMaskedLM": {"direction": "bidirectional"}},
+        exceptions={
+            "bounded state": "Full attention looks at every earlier key: the cache, and a step, grow with the text.",
+            "linear cost": "Full attention compares all pairs of tokens.",
+        },
     ),
     Architecture(
         "retnet",

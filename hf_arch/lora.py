@@ -18,34 +18,31 @@ TASKS = {
 
 def register_targets() -> None:
     """Tell PEFT which modules its methods adapt by default, so that no `target_modules` need be given."""
+    named = {name: mapping for name, mapping in vars(constants).items() if name.endswith("_MODULES_MAPPING")}
+    projecting = [mapping for mapping in named.values() if mapping.get("llama") == ["q_proj", "v_proj"]]  # LoRA's kin
     for row in ARCHITECTURES:
-        for name, mapping in vars(constants).items():
-            if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_TARGET_MODULES_MAPPING"):
-                if "IA3" not in name and mapping.get("llama") == ["q_proj", "v_proj"]:  # adapts projections, as LoRA
-                    mapping.setdefault(row.model_type, list(row.lora_targets))
+        for mapping in projecting:
+            mapping.setdefault(row.model_type, list(row.lora_targets))
+        scaled = [name for name in ("k_proj", "v_proj", "down_proj") if name in row.lora_targets]
+        constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING.setdefault(row.model_type, scaled)
+        constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.setdefault(row.model_type, ["down_proj"])
 
 
 def lora_config(model_or_config: PreTrainedModel | PreTrainedConfig, **overrides) -> LoraConfig:
-    """A `peft.LoraConfig` with the architecture's default targets, its stacked expert weights, and the task of the head.
+    """A `peft.LoraConfig` with the architecture's default targets, its stacked expert weights, and the head's task.
 
     `overrides` are fields of LoraConfig (`r`, `lora_alpha`, `target_modules`, ...). Raises ValueError for a model that
     is not of hf_arch. Example: `get_peft_model(model, hf_arch.lora_config(model, r=16))`.
     """
     config = getattr(model_or_config, "config", model_or_config)
     row = find(config.model_type)
-    head = type(model_or_config).__name__.removeprefix(row.prefix)
-    fields = {"target_modules": list(row.lora_targets), "task_type": TASKS.get(head)}
-    if stacked := stacked_experts(
-        model_or_config if isinstance(model_or_config, nn.Module) else skeleton_of(row, config)
-    ):
-        fields["target_parameters"] = stacked
+    model = model_or_config
+    if not isinstance(model, nn.Module):
+        with torch.device("meta"):
+            model = row.load("Model")(config)
+    fields = {"target_modules": list(row.lora_targets), "target_parameters": stacked_experts(model) or None}
+    fields["task_type"] = TASKS.get(type(model).__name__.removeprefix(row.prefix))
     return LoraConfig(**(fields | overrides))
-
-
-def skeleton_of(row, config: PreTrainedConfig) -> nn.Module:
-    """The model without its weights."""
-    with torch.device("meta"):
-        return row.load("Model")(config)
 
 
 def stacked_experts(model: nn.Module) -> list[str]:

@@ -2,8 +2,8 @@
 
 The slot is called as positions(hidden_states [batch, length, size], position_ids [batch or 1, length]) and answers
 (hidden_states, position_embeddings). What layers get is one of the tuples below, each with the two methods by which
-attention asks it: `rotate(query, key)`, and `blocks(attention_mask, query_length, key_positions)`, the pieces of the score
-matrix with their masks.
+attention asks it: `rotate(query, key)`, and `blocks(attention_mask, query_length, key_positions)`, the pieces of the
+score matrix with their masks.
 """
 
 import math
@@ -73,15 +73,16 @@ class LinearBias(NamedTuple):
 class TableBias(NamedTuple):
     """A number per distance and head, added to the scores; distances past the table's end count as its end."""
 
-    table: torch.Tensor  # [2 * reach + 1, heads], the middle for distance 0
+    table: torch.Tensor  # [buckets, heads]; the parameter itself, so that checkpointed layers find it in backward
+    bucket: torch.Tensor  # [2 * reach + 1] of each distance, the middle for distance 0
     query_positions: torch.Tensor
     causal: bool
 
     rotate = Plain.rotate
 
     def of_distance(self, distance: torch.Tensor) -> torch.Tensor:
-        reach = self.table.shape[0] // 2
-        return self.table[distance.clamp(-reach, reach) + reach].permute(0, 3, 1, 2)
+        reach = self.bucket.shape[0] // 2
+        return self.table[self.bucket[distance.clamp(-reach, reach) + reach]].permute(0, 3, 1, 2)
 
     blocks = LinearBias.blocks
 
@@ -225,5 +226,5 @@ class T5Bias(NoPositions):
 
     def forward(self, hidden_states, position_ids):
         distance = torch.arange(-self.reach, self.reach + 1, device=hidden_states.device)
-        table = self.relative_attention_bias(self.bucket(distance))
-        return hidden_states, TableBias(table, position_ids, self.causal)
+        table = self.relative_attention_bias.weight
+        return hidden_states, TableBias(table, self.bucket(distance), position_ids, self.causal)

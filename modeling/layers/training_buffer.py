@@ -1,15 +1,23 @@
 """State that training changes by a rule of its own, not by a gradient: centroids, router biases, redrawn features.
 
 A module that has such state derives from `TrainingBuffer`, tells it in forward what was seen (`observe`), and says how
-the buffer changes (`update`). The change happens once per optimizer step, at the start of the next forward pass in
-training, whatever loop or trainer drives it: a step is noticed by the version counters of the parameters, which every
-in-place update raises. Gradient accumulation therefore adds up, recomputation in backward and evaluation count for
-nothing, and all processes change alike, since what was seen is summed over them. The buffer is saved with the model.
+the buffer changes (`update`). It changes right after each step of an optimizer that holds weights of the model, whatever
+loop or trainer drives it, so that a checkpoint after a step is whole. Gradient accumulation therefore adds up, and
+evaluation and recomputation in backward count for nothing. All processes change alike, since what they saw is summed;
+those that share a batch (tensor parallel) count it each, so `update` should rest on ratios and signs. A buffer stays as
+it is while only adapters train, which are saved without it.
+
+The step is noticed by torch's hook for optimizers, the one sign that all of them give: fused ones, those that write to
+`.data` and sharded parameters raise no version counter. DeepSpeed steps on copies of the parameters: there, call
+`update_training_buffers(model)` after each step.
 """
+
+import weakref
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 class TrainingBuffer(nn.Module):
@@ -18,14 +26,16 @@ class TrainingBuffer(nn.Module):
     def __init__(self, value: torch.Tensor):
         super().__init__()
         self.register_buffer("value", value)
-        self.seen: torch.Tensor | None = None
-        self.version: int | None = None  # of the parameters when `seen` was begun
+        self.seen: torch.Tensor | None = (
+            None  # no buffer: DistributedDataParallel would send that of one process to all
+        )
+        self.watching = False  # whether the forward pass under way is one that backward will go through
 
     def observe(self, statistic: torch.Tensor) -> None:
-        """Add to what was seen. Nothing in evaluation, without gradients, or when backward computes anew."""
-        in_backward = torch._C._current_graph_task_id() != -1
-        if self.training and torch.is_grad_enabled() and not in_backward:
-            statistic = statistic.detach()
+        """Add to what was seen, in every process alike. Nothing in evaluation or when backward computes anew."""
+        in_backward = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        if self.training and self.watching and not in_backward:
+            statistic = statistic.detach().to(torch.promote_types(statistic.dtype, torch.float32))
             self.seen = statistic if self.seen is None else self.seen + statistic
 
     def update(self, value: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
@@ -40,13 +50,34 @@ class TrainingBuffer(nn.Module):
         self.seen = None
 
 
+def training_buffers(model: nn.Module) -> list[TrainingBuffer]:
+    return [module for module in model.modules() if isinstance(module, TrainingBuffer)]
+
+
+def watch_training_buffers(model: nn.Module) -> None:
+    """Called at the start of each forward pass in training. Here, since reentrant checkpointing turns gradients off
+    inside the layers."""
+    for buffer in training_buffers(model):
+        buffer.watching = torch.is_grad_enabled()
+
+
 def update_training_buffers(model: nn.Module) -> None:
-    """Called at the start of each forward pass in training: change the buffers if an optimizer has stepped."""
-    buffers = [module for module in model.modules() if isinstance(module, TrainingBuffer)]
-    if not buffers:
-        return
-    version = sum(parameter._version for parameter in model.parameters())
-    for buffer in buffers:
-        if buffer.seen is not None and buffer.version != version:
+    for buffer in training_buffers(model):
+        if buffer.seen is not None:
             buffer.step()
-        buffer.version = version
+
+
+def follow_optimizers(model: nn.Module, weights: frozenset[str]) -> None:
+    """Update the training buffers of `model` after each step of an optimizer that trains any of `weights`, names of its
+    parameters. The hook keeps no model alive, and goes with it."""
+    followed = weakref.ref(model)
+
+    def after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        model = followed()
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        trained = (name for name, weight in model.named_parameters() if weight.requires_grad and id(weight) in stepped)
+        if not weights.isdisjoint(trained):
+            update_training_buffers(model)
+
+    if training_buffers(model):
+        weakref.finalize(model, register_optimizer_step_post_hook(after_step).remove)

@@ -38,11 +38,11 @@ class Unpacked(NamedTuple):
     @property
     def first(self) -> torch.Tensor:
         """[documents] whether a document is the first of its batch row."""
-        return torch.nn.functional.pad(self.batch_row.diff() != 0, (1, 0), value=True)
+        return self.batch_row.diff(prepend=self.batch_row.new_full((1,), -1)) != 0
 
     @property
     def last(self) -> torch.Tensor:
-        return torch.nn.functional.pad(self.batch_row.diff() != 0, (0, 1), value=True)
+        return self.batch_row.diff(append=self.batch_row.new_full((1,), -1)) != 0
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         """[batch, length, ...] -> [documents, longest, ...], left-aligned, zero past the end of a document."""

@@ -18,9 +18,9 @@ from ..layers.norm import RMSNorm
 from ..layers.positions import NoPositions
 from ..layers.record import AttentionWeights, RouterLogits
 from ..layers.residual import PreNorm, Residual
-from ..layers.training_buffer import update_training_buffers
+from ..layers.training_buffer import follow_optimizers, watch_training_buffers
 from ..layers.view import View
-from .checks import check_cache, check_inputs
+from .checks import check_inputs
 from .config import ArchConfig
 from .masks import MASKS, count_positions, key_positions
 from .pretrained import ArchPreTrainedModel
@@ -75,6 +75,12 @@ class Backbone(ArchPreTrainedModel):
         self.norm = self.make_norm() if self.residual.final_norm else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
+        self.own_weights = frozenset(name for name, _ in self.named_parameters())  # those of adapters come later
+        follow_optimizers(self, self.own_weights)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        follow_optimizers(self, self.own_weights)  # a copy has optimizers of its own
 
     def make_norm(self) -> nn.Module:
         return self.norm_class(self.config.hidden_size, self.config.norm_eps)
@@ -106,7 +112,7 @@ class Backbone(ArchPreTrainedModel):
     ) -> MoeModelOutputWithPast:
         check_inputs(self.config, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
         if self.training:
-            update_training_buffers(self)
+            watch_training_buffers(self)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         # Masks first: transformers and we look for packed documents only where there is no cache, not even an empty one
         masks = self.make_masks(hidden_states, attention_mask, past_key_values, position_ids, **kwargs)
@@ -114,8 +120,9 @@ class Backbone(ArchPreTrainedModel):
             past_key_values = self.make_cache()
         if position_ids is None:
             position_ids = count_positions(hidden_states, attention_mask, past_key_values)
-        if token_type_ids is not None:
-            hidden_states = hidden_states + self.embed_segments(token_type_ids)
+        if self.config.type_vocab_size:  # as in BERT, all are of kind 0 where nothing is said
+            segments = torch.zeros_like(position_ids) if token_type_ids is None else token_type_ids
+            hidden_states = hidden_states + self.embed_segments(segments)
         hidden_states, position_embeddings = self.embed_positions(hidden_states, position_ids)
 
         stream = self.residual.enter(self.dropout(self.embed_norm(hidden_states)))

@@ -37,7 +37,7 @@ def check_mask(attention_mask: torch.Tensor, tokens: torch.Tensor, past_key_valu
     seen = past_key_values.get_seq_length() if past_key_values is not None else 0
     if isinstance(seen, int) and attention_mask.shape != (len(tokens), seen + tokens.shape[1]):
         raise ValueError(
-            f"attention_mask is {list(attention_mask.shape)}, but there are {len(tokens)} rows of {tokens.shape[1]} tokens"
+            f"attention_mask is {list(attention_mask.shape)} for {len(tokens)} rows of {tokens.shape[1]} tokens"
             + (f" after {seen} cached ones: the mask covers both." if seen else ".")
         )
 

@@ -59,11 +59,17 @@ class ArchConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 2
 
     def __post_init__(self, **kwargs):
+        self.layer_types = kwargs.pop("mixer_types", self.layer_types)
         if self.layer_types is None:
             self.layer_types = self.repeated(self.layer_pattern())
         if self.feed_forward_types is None:
             self.feed_forward_types = self.repeated(self.feed_forward_pattern())
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict:
+        """As in transformers, with `layer_types` under the name `mixer_types`: a resumed Trainer reads config.json as a
+        plain PreTrainedConfig, which raises for layer types other than transformers' own."""
+        return {"mixer_types" if name == "layer_types" else name: value for name, value in super().to_dict().items()}
 
     def layer_pattern(self) -> list[str]:
         """The layer types of one period, repeated down the stack."""
@@ -81,15 +87,10 @@ class ArchConfig(PreTrainedConfig):
         return list(range(self.num_hidden_layers))
 
     def validate_layer_type(self):
-        """transformers knows a fixed list of layer types; ours are `layer_kinds`."""
-        for name, kinds in (("layer_types", self.layer_kinds), ("feed_forward_types", self.feed_forward_kinds)):
-            types = getattr(self, name)
-            if len(types) != self.num_hidden_layers:
-                raise ValueError(f"{name} has {len(types)} entries for {self.num_hidden_layers} layers.")
-            if unknown := sorted(set(types) - set(kinds)):
-                raise ValueError(f"{name} has {', '.join(unknown)}; {self.model_type} knows {', '.join(kinds)}.")
+        """transformers would compare with a fixed list of layer types; ours are `layer_kinds`, checked below."""
 
-    def validate_sizes(self):
+    def validate_architecture(self):
+        """Sizes and kinds that fit together. An architecture calls this first, then checks what is its own."""
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
@@ -99,9 +100,11 @@ class ArchConfig(PreTrainedConfig):
             )
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(f"pad_token_id {self.pad_token_id} is not in the vocabulary of {self.vocab_size}.")
-
-    def validate_activation(self):
         if self.hidden_act not in ACT2FN:
-            raise ValueError(
-                f"hidden_act {self.hidden_act!r} is unknown; transformers has {', '.join(sorted(ACT2FN))}."
-            )
+            raise ValueError(f"hidden_act {self.hidden_act!r} is unknown; there are {', '.join(sorted(ACT2FN))}.")
+        for name, kinds in (("layer_types", self.layer_kinds), ("feed_forward_types", self.feed_forward_kinds)):
+            types = getattr(self, name)
+            if len(types) != self.num_hidden_layers:
+                raise ValueError(f"{name} has {len(types)} entries for {self.num_hidden_layers} layers.")
+            if unknown := sorted(set(types) - set(kinds)):
+                raise ValueError(f"{name} has {', '.join(unknown)}; {self.model_type} knows {', '.join(kinds)}.")

@@ -7,7 +7,7 @@ from transformers import masking_utils
 from transformers.utils.import_utils import is_tracing
 
 
-def number_documents(inputs_embeds, attention_mask=None, past_key_values=None, position_ids=None, **kwargs):
+def number_documents(config, inputs_embeds, attention_mask=None, past_key_values=None, position_ids=None, **kwargs):
     """The number of each token's document, from 1, and 0 for padding; None when all are of one document.
 
     A document starts where `position_ids` do not go on by one (packing; only looked for where nothing is cached).
@@ -51,7 +51,7 @@ def causal(make_mask: Callable) -> Callable:
         config, inputs_embeds, attention_mask=None, past_key_values=None, position_ids=None, prefix=None, **kwargs
     ):
         told = {"attention_mask": attention_mask, "past_key_values": past_key_values, "position_ids": position_ids}
-        documents = number_documents(inputs_embeds, **told) if past_key_values is None else None
+        documents = number_documents(config, inputs_embeds, **told) if past_key_values is None else None
         if several(documents):
             told |= {"attention_mask": None, "position_ids": told_apart(documents)}
         if prefix is not None:
@@ -64,7 +64,7 @@ def causal(make_mask: Callable) -> Callable:
 def bidirectional(config, inputs_embeds, attention_mask=None, past_key_values=None, position_ids=None, **kwargs):
     """Every real token of a document sees every other."""
     told = {"attention_mask": attention_mask, "past_key_values": past_key_values}
-    documents = number_documents(inputs_embeds, position_ids=position_ids, **told)
+    documents = number_documents(config, inputs_embeds, position_ids=position_ids, **told)
     if not several(documents):
         return masking_utils.create_bidirectional_mask(config=config, inputs_embeds=inputs_embeds, **told)
     told = {"attention_mask": None, "past_key_values": None, "position_ids": told_apart(documents)}

@@ -57,6 +57,8 @@ class ArchTransformerConfig(ArchConfig):
     num_hidden_groups: int | None = None
 
     def __post_init__(self, **kwargs):
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads == 0:
+            self.head_dim = self.hidden_size // self.num_attention_heads
         if self.direction == "bidirectional":
             self.use_cache = False
         if self.position_type in ("alibi", "t5"):  # a bias per head does not follow the heads to their shards
@@ -76,6 +78,7 @@ class ArchTransformerConfig(ArchConfig):
         return [layer * groups // self.num_hidden_layers for layer in range(self.num_hidden_layers)]
 
     def validate_architecture(self):
+        super().validate_architecture()
         allowed = {
             "causal": {"full_attention", "sliding_attention"},
             "prefix": {"full_attention"},

@@ -24,15 +24,16 @@ class ArchRetNetConfig(ArchConfig):
     rope_parameters: RopeParameters | dict | None = None
 
     def validate_architecture(self):
+        super().validate_architecture()
         if self.rope_parameters["rope_type"] != "default":
             raise ValueError(
                 f"RetNet scales no rotations: rope_type is {self.rope_parameters['rope_type']!r}, not default."
             )
         if (self.hidden_size // self.num_attention_heads) % 2:
             raise ValueError(
-                f"The width of a head, {self.hidden_size} / {self.num_attention_heads}, must be even: rotations turn pairs."
+                f"The width of a head, {self.hidden_size} / {self.num_attention_heads}, must be even, to be turned."
             )
-        if self.hidden_size * self.value_expansion % self.num_attention_heads:
+        if round(self.hidden_size * self.value_expansion) % self.num_attention_heads:
             raise ValueError(
                 f"value_expansion {self.value_expansion} x hidden_size {self.hidden_size} is not a multiple of "
                 f"num_attention_heads {self.num_attention_heads}."

@@ -19,7 +19,7 @@ class RetNetRotaryEmbedding(RotaryEmbedding):
     @staticmethod
     def compute_default_rope_parameters(config: ArchRetNetConfig, **kwargs) -> tuple[torch.Tensor, float]:
         pairs = config.hidden_size // config.num_attention_heads // 2
-        return config.rope_parameters["rope_theta"] ** -torch.linspace(0, 1, pairs), 1.0
+        return 1.0 / (config.rope_parameters["rope_theta"] ** torch.linspace(0, 1, pairs)), 1.0
 
 
 class MultiScaleRetention(Mixer):
@@ -27,7 +27,7 @@ class MultiScaleRetention(Mixer):
 
     def __init__(self, config: ArchRetNetConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        value_size = int(config.hidden_size * config.value_expansion)
+        value_size = round(config.hidden_size * config.value_expansion)
         self.num_heads = config.num_attention_heads
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)

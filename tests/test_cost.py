@@ -1,0 +1,65 @@
+"""Promise 13: cost grows as the paper says. Operations are counted, not timed: a busy machine does not matter."""
+
+import math
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+LENGTHS = (512, 2048)
+
+
+def exponent(cost) -> float:
+    """The power of the length by which a cost grows between the two LENGTHS."""
+    short, long = (cost(length) for length in LENGTHS)
+    return math.log(long / short) / math.log(LENGTHS[1] / LENGTHS[0])
+
+
+def tiny(case):
+    return case.build(dtype=torch.float32, max_position_embeddings=4096)
+
+
+def operations(model, tokens) -> int:
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, use_cache=False)
+    return counter.get_total_flops()
+
+
+@torch.no_grad()
+def test_operations_and_memory_are_linear_in_the_length(row_case):
+    model = tiny(row_case)
+
+    def flops(length):
+        return operations(model, torch.full((1, length), 5))
+
+    def largest(length):  # the largest tensor that a layer makes, in numbers
+        sizes = []
+
+        class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                out = func(*args, **(kwargs or {}))
+                sizes.extend(x.numel() for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor))
+                return out
+
+        with Watch():
+            model(torch.full((1, length), 5), use_cache=False)
+        return max(sizes)
+
+    with row_case.keeps("linear cost"):
+        assert exponent(flops) < 1.05
+        assert exponent(largest) < 1.05
+
+
+@torch.no_grad()
+def test_a_step_costs_the_same_after_a_long_context(row_case):
+    model = tiny(row_case)
+    model.set_attn_implementation("eager")
+
+    def flops(length):
+        cache = model(torch.full((1, length), 5), use_cache=True).past_key_values
+        with FlopCounterMode(display=False) as counter:
+            model(torch.full((1, 1), 5), past_key_values=cache)
+        return counter.get_total_flops()
+
+    with row_case.keeps("bounded state"):
+        assert exponent(flops) < 0.02
