@@ -1,21 +1,55 @@
+import os
+import re
+from collections import Counter
+
 import pytest
 import torch
 
+from hf_arch import ARCHITECTURES
 from promises import DECODERS, ENCODERS, HEADS, LENGTH, ROWS, some_tokens
+
+ROW_LIMIT = 40  # seconds of processor time that all tests of a row may take: the suite has to hold many rows
+spent: Counter[str] = Counter()
 
 
 def pytest_configure():
     torch.set_num_threads(1)  # the suite runs one process per core
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    before = sum(os.times()[:4])
+    try:
+        return (yield)
+    finally:
+        item.user_properties.append(("processor_seconds", sum(os.times()[:4]) - before))
+
+
+def pytest_runtest_logreport(report):
+    """Add up a row's time; the choices of a laboratory count apart, its heads together."""
+    rows = "|".join(row.name for row in ARCHITECTURES)
+    found = re.search(rf"\[(?:.*-)?({rows})-(\w+)", report.nodeid)
+    if report.when == "call" and found:
+        row, what = found.groups()
+        name = row if what[:3] == "For" or what == "Model" else f"{row}-{what}"
+        spent[name] += dict(report.user_properties).get("processor_seconds", 0)
+
+
+def pytest_sessionfinish(session):
+    if spent and max(spent.values()) > ROW_LIMIT:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.section("processor seconds per row")
+    for name, seconds in spent.most_common(None if max(spent.values(), default=0) > ROW_LIMIT else 8):
+        over = f"  over the limit of {ROW_LIMIT}: make its tests smaller" if seconds > ROW_LIMIT else ""
+        terminalreporter.write_line(f"{seconds:6.1f}  {name}{over}")
+
+
 @pytest.fixture
 def tokens() -> torch.Tensor:
     return some_tokens()
-
-
-@pytest.fixture
-def length() -> int:
-    return LENGTH
 
 
 @pytest.fixture(params=ROWS, ids=str)
