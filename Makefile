@@ -11,7 +11,7 @@ demo: $(READY)
 	$(VENV)/bin/hf-arch demo $(DEMO)
 
 test: $(READY)
-	$(RUN)python -m pytest -n $${TEST_WORKERS:-auto} $(TESTS)
+	$(RUN)python -m pytest -n $${TEST_WORKERS:-auto} --dist loadfile $(TESTS)
 
 lint: $(READY)
 	$(RUN)ruff check . && $(RUN)ruff format --check .

@@ -1,9 +1,10 @@
 """Model architectures for the Hugging Face Hub. `import hf_arch` makes them known to transformers and PEFT."""
 
 from hf_arch.catalogue import ARCHITECTURES, Architecture, find, register
+from hf_arch.export import export, push_to_hub
 from hf_arch.lora import lora_config, register_targets
 
 register()
 register_targets()
 
-__all__ = ["ARCHITECTURES", "Architecture", "find", "lora_config"]
+__all__ = ["ARCHITECTURES", "Architecture", "export", "find", "lora_config", "push_to_hub"]

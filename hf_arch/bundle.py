@@ -5,9 +5,10 @@ it no other name; no top-level name is defined twice in `modeling/`.
 """
 
 import ast
+import functools
 import importlib.util
 import symtable
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from hf_arch.catalogue import Architecture
@@ -36,28 +37,37 @@ class Source:
 
     def body(self) -> str:
         """All but the docstring and the imports, as written, comments included."""
-        lines = self.text.splitlines()
+        lines = self.text.split("\n")
         for node in (*self.statements[: self.docstring is not None], *self.ours, *self.theirs):
             lines[node.lineno - 1 : node.end_lineno] = [None] * (node.end_lineno - node.lineno + 1)
         return "\n".join(line for line in lines if line is not None).strip()
+
+    def opening(self) -> str:
+        """The docstring as written."""
+        lines = self.text.split("\n")
+        return "\n".join(lines[: self.statements[0].end_lineno]) if self.docstring else ""
 
     def part(self) -> str:
         """The body, under the docstring as a comment."""
         title = "\n".join(f"# {line}".rstrip() for line in (self.docstring or "").splitlines())
         return f"{title}\n\n\n{self.body()}".strip()
 
-    def names(self) -> Iterator[tuple[str, str]]:
+    @functools.cached_property
+    def names(self) -> dict[str, str]:
         """The top-level names, each with what it stands for."""
-        for symbol in symtable.symtable(self.text, self.module, "exec").get_symbols():
-            if symbol.is_assigned():
-                yield symbol.get_name(), f"{self.module}.{symbol.get_name()}"
+        symbols = symtable.symtable(self.text, self.module, "exec").get_symbols()
+        found = {symbol.get_name(): f"{self.module}.{symbol.get_name()}" for symbol in symbols if symbol.is_assigned()}
         for node in self.theirs:
-            prefix = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
             for alias in node.names:
-                if prefix or alias.asname:
-                    yield alias.asname or alias.name, prefix + alias.name
-                else:
-                    yield (alias.name.partition(".")[0],) * 2
+                if isinstance(node, ast.ImportFrom):
+                    found[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+                else:  # `import a.b` gives the name a, `import a.b as c` what b is
+                    top = alias.name.partition(".")[0]
+                    found[alias.asname or top] = alias.name if alias.asname else top
+        return found
+
+
+source_of = functools.cache(Source)
 
 
 def bundle(row: Architecture) -> dict[str, str]:
@@ -83,7 +93,7 @@ def in_order(module: str, found: dict[str, Source] | None = None) -> dict[str, S
     """`module` and all that it imports of ours, each after what it needs."""
     found = {} if found is None else found
     if module not in found:
-        source = Source(module)
+        source = source_of(module)
         for needed in source.needs():
             in_order(needed, found)
         found[module] = source
@@ -93,7 +103,7 @@ def in_order(module: str, found: dict[str, Source] | None = None) -> dict[str, S
 def refuse_collisions(sources: Iterable[Source]) -> None:
     meanings = {}
     for source in sources:
-        for name, meaning in source.names():
+        for name, meaning in source.names.items():
             other = meanings.setdefault(name, meaning)
             if other != meaning:
                 raise ValueError(f"One file cannot hold both {other} and {meaning}: rename one of them.")
@@ -103,8 +113,7 @@ def join(sources: Iterable[Source], taken: Iterable[ast.ImportFrom] = ()) -> str
     """One file of `sources`, the last of which gives its docstring; `taken` is imported beside what they import."""
     *parts, last = sources
     theirs = [node for source in (*parts, last) for node in source.theirs]
-    docstring = ast.get_source_segment(last.text, last.statements[0]) if last.docstring else ""
-    head = f"{HEADER}{docstring}\n\n{import_lines(theirs)}\n\n{import_lines(taken)}".strip()
+    head = f"{HEADER}{last.opening()}\n\n{import_lines(theirs)}\n\n{import_lines(taken)}".strip()
     bodies = [part for part in (*(source.part() for source in parts), last.body()) if part]
     return "\n\n\n".join((head, *bodies)) + "\n"
 

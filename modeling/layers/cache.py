@@ -1,7 +1,11 @@
-"""What a recurrent layer remembers. transformers' "linear_attention" layer counts on a convolution; ours does not."""
+"""What a layer remembers between calls.
+
+For recurrences a layer of our own: transformers' "linear_attention" counts on a convolution. For attention one that
+takes the place of transformers' DynamicLayer, which copies all keys and values at every step.
+"""
 
 import torch
-from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, DynamicLayer
 
 
 class RecurrentCacheLayer(CacheLayerMixin):
@@ -104,3 +108,44 @@ class StaticRecurrentCacheLayer(RecurrentCacheLayer):
 
 
 STATIC_LAYER_TYPE_MAPPING[RecurrentCacheLayer._layer_type] = StaticRecurrentCacheLayer
+
+
+class GrowingCacheLayer(DynamicLayer):
+    """Keys and values, [batch, heads, length, dim], at the front of a store with room for more: a step writes its own
+    token and copies the others only when the room is used up."""
+
+    def __init__(self):
+        super().__init__()
+        self.stores: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.front: torch.Tensor | None = None  # the keys as this class left them; others may have replaced them since
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+            return self.keys, self.values
+        if key_states.requires_grad or torch.compiler.is_compiling():
+            return super().update(key_states, value_states)
+        seen = self.keys.shape[-2]
+        length = seen + key_states.shape[-2]
+        if self.front is not self.keys or length > self.stores[0].shape[-2]:
+            self.stores = tuple(with_room(held, length + max(256, length // 2)) for held in (self.keys, self.values))
+        for store, new in zip(self.stores, (key_states, value_states), strict=True):
+            store[:, :, seen:length] = new
+        self.keys, self.values = (store[:, :, :length] for store in self.stores)
+        self.front = self.keys
+        return self.keys, self.values
+
+
+def with_room(held: torch.Tensor, length: int) -> torch.Tensor:
+    """A tensor of `length` along the second dimension from the end that begins with `held`."""
+    store = held.new_empty(*held.shape[:-2], length, held.shape[-1])
+    store[..., : held.shape[-2], :] = held
+    return store
+
+
+def growing(cache: Cache) -> Cache:
+    """The cache with its empty DynamicLayers replaced."""
+    fresh = (type(layer) is DynamicLayer and not layer.is_initialized for layer in cache.layers)
+    cache.layers = [GrowingCacheLayer() if new else layer for layer, new in zip(cache.layers, fresh, strict=True)]
+    return cache

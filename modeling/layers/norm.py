@@ -11,6 +11,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size)) if affine else None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
-        normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(hidden_states.dtype)
+        wide = torch.promote_types(hidden_states.dtype, torch.float32)
+        length = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=wide)
+        scale = torch.rsqrt(length.square() / hidden_states.shape[-1] + self.eps)
+        normed = (hidden_states * scale).to(hidden_states.dtype)
         return normed if self.weight is None else normed * self.weight

@@ -30,7 +30,7 @@ class Plain(NamedTuple):
 
 
 class Rotation(NamedTuple):
-    """cos and sin of every position, [batch or 1, length, 1, dim]."""
+    """cos of every position, and sin, negative in its first half, [batch or 1, length, 1, dim]."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -105,9 +105,8 @@ def biased_blocks(
 
 
 def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn each pair (x_i, x_(i + dim/2)) of x [batch, length, heads, dim] by its angle."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    """Turn each pair (x_i, x_(i + dim/2)) of x [batch, length, heads, dim] by its angle: x cos + swapped halves sin."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class NoPositions(nn.Module):
@@ -162,7 +161,7 @@ class RotaryEmbedding(LlamaRotaryEmbedding):
         wide = torch.promote_types(hidden_states.dtype, torch.float32)
         with torch.autocast(hidden_states.device.type, enabled=False):
             angle = position_ids[..., None].to(wide) * self.inv_freq.to(hidden_states.device, wide)
-            angle = torch.cat((angle, angle), dim=-1)[:, :, None]
+            angle = torch.cat((-angle, angle), dim=-1)[:, :, None]
             cos, sin = angle.cos() * self.attention_scaling, angle.sin() * self.attention_scaling
         return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
 

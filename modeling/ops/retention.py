@@ -53,25 +53,26 @@ def chunk_retention(query, key, value, *, documents=None, initial_state=None, ou
         within, into, out_of, across = retention_fading(query, documents, min(chunk_size, length), wide)
         if documents is not None:
             key = key * (documents > 0)[..., None, None]
-        size = within.shape[-1]
-        pad = (0, 0, 0, 0, 0, -length % size)
-        q, k, v = (
-            (F.pad(x, pad) if pad[-1] else x).to(wide).unflatten(1, (-1, size)).transpose(2, 3)  # [b, n, h, c, d]
-            for x in (query, key, value)
-        )
-        q = q * query.shape[-1] ** -0.5
-        output = (q @ k.transpose(-1, -2) * within) @ v
+        q, k, v = (in_chunks(x.to(wide), within.shape[-1]) for x in (query, key, value))
+        scale = query.shape[-1] ** -0.5
+        scores = (q @ k.transpose(-1, -2)).mul_(within * scale)
         added = (k * out_of).transpose(-1, -2) @ v
-        state = initial_state
-        if state is None:
-            state = torch.zeros_like(added[:, 0])
+        state = torch.zeros_like(added[:, 0]) if initial_state is None else initial_state
         before = []
         for n in range(added.shape[1]):
             before.append(state)
             state = torch.addcmul(added[:, n], across[:, n], state)
-        output = output + (q * into) @ torch.stack(before, dim=1)
+        carried = (q * (into * scale)) @ torch.stack(before, dim=1)
+        output = torch.baddbmm(carried.flatten(0, 2), scores.flatten(0, 2), v.flatten(0, 2)).view_as(carried)
         output = output.transpose(2, 3).flatten(1, 2)[:, :length]
     return output.to(value.dtype), state if output_final_state else None
+
+
+def in_chunks(x: torch.Tensor, size: int) -> torch.Tensor:
+    """[batch, length, heads, dim] -> [batch, chunks, heads, size, dim], zero past the end."""
+    if pad := -x.shape[1] % size:
+        x = F.pad(x, (0, 0, 0, 0, 0, pad))
+    return x.unflatten(1, (-1, size)).transpose(2, 3).contiguous()
 
 
 def retention_fading(query, documents, chunk_size: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from ..layers.cache import growing
 from ..layers.feed_forward import MLP, GatedMLP
 from ..layers.mixer import Mixer
 from ..layers.norm import RMSNorm
@@ -143,7 +144,7 @@ class Backbone(ArchPreTrainedModel):
     def make_cache(self) -> Cache:
         if unknown := set(self.config.layer_types) - set(DYNAMIC_LAYER_TYPE_MAPPING):
             raise ValueError(f"Layers of type {', '.join(unknown)} keep no cache: call with use_cache=False.")
-        return DynamicCache(config=self.config)
+        return growing(DynamicCache(config=self.config))
 
     def make_masks(
         self, inputs_embeds, attention_mask, past_key_values, position_ids, **context

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
+from ..layers.cache import growing
 from .backbone import Backbone
 from .config import ArchConfig
 from .loss import LOGITS_AT_ONCE, chunked_cross_entropy
@@ -95,6 +96,14 @@ class CausalLM(Head, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
+        """generate() makes the cache; its layers are ours where transformers' would copy everything at every step."""
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        made = model_kwargs.get("past_key_values")
+        if given is None and generation_config.cache_implementation in (None, "dynamic") and made is not None:
+            growing(made)
 
     def create_masks_for_generate(
         self, config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
@@ -222,7 +231,7 @@ class TokenClassification(Head):
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
         check_labels(labels, outputs.last_hidden_state)
         logits = self.score(self.dropout(outputs.last_hidden_state))
-        loss = None if labels is None else self.loss_function(logits, labels, self.config)
+        loss = None if labels is None else self.loss_function(logits, labels, self.config, **kwargs)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
