@@ -1,10 +1,11 @@
 """Model architectures for the Hugging Face Hub. `import hf_arch` makes them known to transformers and PEFT."""
 
 from hf_arch.catalogue import ARCHITECTURES, Architecture, find, register
+from hf_arch.convert import convert
 from hf_arch.export import export, push_to_hub
 from hf_arch.lora import lora_config, register_targets
 
 register()
 register_targets()
 
-__all__ = ["ARCHITECTURES", "Architecture", "export", "find", "lora_config", "push_to_hub"]
+__all__ = ["ARCHITECTURES", "Architecture", "convert", "export", "find", "lora_config", "push_to_hub"]

@@ -104,7 +104,23 @@ def register() -> None:
         config = row.load("Config")
         if row.model_type not in transformers.models.auto.configuration_auto.CONFIG_MAPPING:
             transformers.AutoConfig.register(row.model_type, config)
+        if (
+            "ForCausalLM" in row.heads
+        ):  # Trainer's label smoothing shifts the labels of classes named here, of no others
+            names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+            names.setdefault(row.model_type, f"{row.prefix}ForCausalLM")
         for head in row.heads:
             auto = getattr(transformers, AUTO_CLASSES[head])
             if config not in auto._model_mapping:
                 auto.register(config, row.load(head))
+
+
+def markdown() -> str:
+    """The catalogue as the README shows it."""
+    lines = ["| architecture | name | paper | heads | cannot keep |", "|---|---|---|---|---|"]
+    for row in ARCHITECTURES:
+        paper = f"[{row.paper}](https://arxiv.org/abs/{row.paper.removeprefix('arXiv:')})"
+        heads = ", ".join(row.heads)
+        broken = " ".join(f"**{promise}**: {reason}" for promise, reason in row.exceptions.items()) or "-"
+        lines.append(f"| {row.title} ({row.family}) | `{row.name}` | {paper} | {heads} | {broken} |")
+    return "\n".join(lines)

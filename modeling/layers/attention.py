@@ -54,7 +54,7 @@ class Attention(Mixer):
         ]
         outputs, weights = zip(*pieces, strict=True)
         if weights[0] is not None:
-            self.weights(torch.cat(weights, dim=2))
+            self.weights(weights[0] if len(weights) == 1 else torch.cat(weights, dim=2))
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         return self.o_proj(output.flatten(-2))
 

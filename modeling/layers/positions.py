@@ -175,9 +175,9 @@ class XPosRotaryEmbedding(RotaryEmbedding):
 
     def forward(self, hidden_states, position_ids):
         cos, sin = self.turns(hidden_states, position_ids)
-        dim = cos.shape[-1]
-        zeta = (torch.arange(0, dim, 2, device=cos.device, dtype=torch.float32) / dim + 0.4) / 1.4
-        length = torch.cat((zeta, zeta)) ** (position_ids[..., None, None].float() / 512)
+        dim, wide = cos.shape[-1], torch.promote_types(cos.dtype, torch.float32)
+        zeta = (torch.arange(0, dim, 2, device=cos.device, dtype=wide) / dim + 0.4) / 1.4
+        length = torch.cat((zeta, zeta)) ** (position_ids[..., None, None].to(wide) / 512)
         return hidden_states, StretchedRotation(cos, sin, length.to(cos.dtype))
 
 

@@ -1,13 +1,13 @@
 """State that training changes by a rule of its own, not by a gradient: centroids, router biases, redrawn features.
 
 A module that has such state derives from `TrainingBuffer`, tells it in forward what was seen (`observe`), and says how
-the buffer changes (`update`). It changes right after each step of an optimizer that holds weights of the model, whatever
-loop or trainer drives it, so that a checkpoint after a step is whole. Gradient accumulation therefore adds up, and
-evaluation and recomputation in backward count for nothing. All processes change alike, since what they saw is summed;
-those that share a batch (tensor parallel) count it each, so `update` should rest on ratios and signs. A buffer stays as
-it is while only adapters train, which are saved without it.
+the buffer changes (`update`). It changes right after each step of an optimizer that trains weights of the model,
+whatever loop or trainer drives it, so that a checkpoint made after a step is whole. Gradient accumulation therefore
+adds up, and evaluation and recomputation in backward count for nothing. All processes change alike, since what they saw
+is summed; those that share a batch (tensor parallel) each count it, so `update` should rest on ratios and signs. A
+buffer stays as it is while only adapters train, which are saved without it.
 
-The step is noticed by torch's hook for optimizers, the one sign that all of them give: fused ones, those that write to
+The step is noticed by torch's hook for all optimizers, the one sign that they share: fused ones, those that write to
 `.data` and sharded parameters raise no version counter. DeepSpeed steps on copies of the parameters: there, call
 `update_training_buffers(model)` after each step.
 """

@@ -1,4 +1,4 @@
-"""A backbone and a head for a task."""
+"""A backbone and a head that names tokens."""
 
 from typing import ClassVar
 
@@ -7,13 +7,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import (
-    MaskedLMOutput,
-    MoeCausalLMOutputWithPast,
-    QuestionAnsweringModelOutput,
-    SequenceClassifierOutputWithPast,
-    TokenClassifierOutput,
-)
+from transformers.modeling_outputs import MaskedLMOutput, MoeCausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
@@ -64,6 +58,7 @@ class CausalLM(Head, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        token_type_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
         """
@@ -78,6 +73,7 @@ class CausalLM(Head, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            token_type_ids=token_type_ids,
             **kwargs,
         )
         hidden_states, loss, logits = outputs.last_hidden_state, None, None
@@ -144,9 +140,17 @@ class MaskedLM(Head):
 
     @can_return_tuple
     def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, labels=None, **kwargs
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        labels=None,
+        token_type_ids=None,
+        **kwargs,
     ) -> MaskedLMOutput:
-        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
+        told = {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids}
+        outputs = self.model(input_ids, attention_mask, position_ids, **told, **kwargs)
         check_labels(labels, outputs.last_hidden_state)
         logits = self.lm_head(outputs.last_hidden_state)
         loss = None
@@ -154,117 +158,6 @@ class MaskedLM(Head):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
-
-
-class LastToken(nn.Module):
-    """The last real token of each row, which in a decoder has seen the others."""
-
-    def __init__(self, config: ArchConfig):
-        super().__init__()
-
-    def forward(self, hidden_states: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-        if real is None:
-            return hidden_states[:, -1]
-        last = (torch.arange(real.shape[1], device=real.device) * real).argmax(-1)
-        return hidden_states[torch.arange(len(real), device=real.device), last]
-
-
-class FirstToken(nn.Module):
-    """tanh(dense(x)) of the first real token of each row, as BERT and RoBERTa pool."""
-
-    def __init__(self, config: ArchConfig):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-        first = 0 if real is None else real.int().argmax(-1)
-        return torch.tanh(
-            self.dense(hidden_states[torch.arange(len(hidden_states), device=hidden_states.device), first])
-        )
-
-
-class SequenceClassification(Head):
-    """A head that names the whole text, or scores it."""
-
-    poolers: ClassVar[dict[str, type[nn.Module]]] = {"last": LastToken, "first": FirstToken}
-
-    def add_head(self, config):
-        self.num_labels = config.num_labels
-        self.pooler = self.poolers[config.pooling](config)
-        self.dropout = nn.Dropout(config.hidden_dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
-
-    @can_return_tuple
-    def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, labels=None, **kwargs
-    ) -> SequenceClassifierOutputWithPast:
-        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
-        real = attention_mask
-        if real is None and input_ids is not None and self.config.pad_token_id is not None:
-            real = input_ids != self.config.pad_token_id
-        logits = self.score(self.dropout(self.pooler(outputs.last_hidden_state, real)))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **kwargs)
-        return SequenceClassifierOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-
-
-class TokenClassification(Head):
-    """A head that names every token."""
-
-    def add_head(self, config):
-        self.num_labels = config.num_labels
-        self.dropout = nn.Dropout(config.hidden_dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
-
-    @can_return_tuple
-    def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None, labels=None, **kwargs
-    ) -> TokenClassifierOutput:
-        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
-        check_labels(labels, outputs.last_hidden_state)
-        logits = self.score(self.dropout(outputs.last_hidden_state))
-        loss = None if labels is None else self.loss_function(logits, labels, self.config, **kwargs)
-        return TokenClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
-
-
-class QuestionAnswering(Head):
-    """A head that finds where an answer starts and ends."""
-
-    def add_head(self, config):
-        self.qa_outputs = nn.Linear(config.hidden_size, 2)
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        inputs_embeds=None,
-        start_positions=None,
-        end_positions=None,
-        **kwargs,
-    ) -> QuestionAnsweringModelOutput:
-        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **kwargs)
-        start_logits, end_logits = (x.contiguous() for x in self.qa_outputs(outputs.last_hidden_state).unbind(-1))
-        loss = None
-        if start_positions is not None and end_positions is not None:
-            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
-        return QuestionAnsweringModelOutput(
-            loss=loss,
-            start_logits=start_logits,
-            end_logits=end_logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
         )
 
 

@@ -26,6 +26,11 @@ class ArchPreTrainedModel(PreTrainedModel):
         if hasattr(module, "init_parameters"):
             module.init_parameters(self.config.initializer_range)
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False):
+        """As for transformers' own models. For others it passes over modules without parameters of their own, such as a
+        layer that scales its parts; our `init_parameters` leave loaded parameters alone by themselves."""
+        super()._initialize_weights(module, is_custom_code=False)
+
     def save_pretrained(self, save_directory, *args, save_original_format: bool = False, **kwargs):
         """As in transformers, but in our own key names unless `save_original_format` asks for those of a converted
         checkpoint: a resumed Trainer reads no others, and would silently drop the rest."""
@@ -64,7 +69,7 @@ class ArchPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        return True
+        return bool(cls.config_class.base_model_ep_plan)  # experts that transformers can compute, it can also deal out
 
 
 def hub_options(kwargs: dict) -> dict:

@@ -109,6 +109,21 @@ class ArchTransformerConfig(ArchConfig):
             raise ValueError("relative_attention_max_distance must be over half of relative_attention_num_buckets.")
         self.validate_groups()
 
+    def validate_rope(self):
+        """Also refuses what transformers only warns of, to fail at the first call."""
+        rope, kinds = self.rope_parameters, ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+        if rope.get("rope_type") not in kinds:
+            raise ValueError(f"rope_type {rope.get('rope_type')!r} is unknown; there are {', '.join(kinds)}.")
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError("partial_rotary_factor must be 1: rotations turn whole heads.")
+        try:
+            super().validate_rope()
+        except KeyError as error:
+            raise ValueError(error.args[0]) from error
+        for name in ("short_factor", "long_factor") if rope["rope_type"] == "longrope" else ():
+            if self.head_dim and len(rope[name]) != self.head_dim // 2:
+                raise ValueError(f"{name} has {len(rope[name])} numbers for the {self.head_dim // 2} pairs of a head.")
+
     def validate_groups(self):
         groups = self.num_hidden_groups or self.num_hidden_layers
         if not 1 <= groups <= self.num_hidden_layers:

@@ -16,7 +16,8 @@ from ...layers.positions import (
 )
 from ...layers.residual import DeepNorm, Parallel, PostNorm, PreNorm
 from ...skeleton.backbone import Backbone
-from ...skeleton.heads import CausalLM, MaskedLM, QuestionAnswering, SequenceClassification, TokenClassification
+from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
+from ...skeleton.heads import CausalLM, MaskedLM
 from .configuration_transformer import ArchTransformerConfig
 
 NORMS = {"rms_norm": RMSNorm, "layer_norm": nn.LayerNorm}
@@ -79,6 +80,51 @@ class ArchTransformerModel(Backbone):
 class ArchTransformerForCausalLM(CausalLM):
     config: ArchTransformerConfig
     backbone = ArchTransformerModel
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        token_type_ids=None,
+        prefix_length=None,
+        prefix_mask=None,
+        **kwargs,
+    ):
+        """generate() and the Trainer hand over what is named here, and nothing else."""
+        prefix = {"prefix_length": prefix_length, "prefix_mask": prefix_mask}
+        kwargs |= {name: value for name, value in prefix.items() if value is not None}
+        given = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels, use_cache)
+        return super().forward(*given, logits_to_keep, token_type_ids, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        next_sequence_length=None,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        is_first_iteration=False,
+        prefix_length=None,
+        prefix_mask=None,
+        **kwargs,
+    ):
+        """generate() makes the masks of a static cache before the call: the prefix belongs into them."""
+        given = (input_ids, next_sequence_length, past_key_values, attention_mask, inputs_embeds, is_first_iteration)
+        inputs = super().prepare_inputs_for_generation(*given, **kwargs)
+        told = {"prefix_length": prefix_length, "prefix_mask": prefix_mask}
+        prefix = {name: value for name, value in told.items() if value is not None}
+        if prefix and isinstance(inputs.get("attention_mask"), dict):
+            tokens = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"][..., 0]
+            like = torch.empty(*tokens.shape, 0, dtype=self.dtype, device=tokens.device)
+            masks = self.model.make_masks(like, attention_mask, past_key_values, inputs.get("position_ids"), **prefix)
+            inputs["attention_mask"] = {kind: mask.contiguous() for kind, mask in masks.items()}
+        return inputs | prefix
 
 
 class ArchTransformerForMaskedLM(MaskedLM):

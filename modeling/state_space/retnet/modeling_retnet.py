@@ -9,7 +9,8 @@ from ...layers.norm import RMSNorm
 from ...layers.positions import RotaryEmbedding
 from ...ops.retention import chunk_retention, recurrent_retention
 from ...skeleton.backbone import Backbone
-from ...skeleton.heads import CausalLM, QuestionAnswering, SequenceClassification, TokenClassification
+from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
+from ...skeleton.heads import CausalLM
 from .configuration_retnet import ArchRetNetConfig
 
 

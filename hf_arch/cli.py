@@ -1,0 +1,112 @@
+"""`hf-arch list | demo | convert | export | bench`."""
+
+import argparse
+import importlib
+import sys
+
+from hf_arch import ARCHITECTURES
+from hf_arch.catalogue import markdown
+from hf_arch.convert import convert
+from hf_arch.export import export, push_to_hub
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; what the user can put right is said in one line, with exit code 2."""
+    options = parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"hf-arch: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("hf-arch: interrupted; what was saved before is whole.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser("hf-arch", description="Model architectures for the Hugging Face Hub.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("list", help="show every architecture")
+    command.set_defaults(command=show_catalogue)
+    command.add_argument("--markdown", action="store_true", help="as the README's table")
+
+    command = commands.add_parser("demo", help="train, fine-tune, save, load and merge a small model, in minutes")
+    command.set_defaults(command=demo)
+    command.add_argument("--architecture", default="retnet", metavar="NAME", help="default: %(default)s")
+    command.add_argument("--text", nargs="+", default=[], metavar="FILE", help="learn this; default: Python's manual")
+    command.add_argument("--output", default="hf_arch_demo", metavar="FOLDER", help="default: %(default)s")
+    command.add_argument("--push", metavar="USER/REPO", help="push the merged model to the Hub")
+
+    command = commands.add_parser("convert", help="make a checkpoint of the original library one of ours")
+    command.set_defaults(command=convert_checkpoint)
+    command.add_argument("source", metavar="SOURCE", help="a folder, or a repository of the Hub")
+    command.add_argument("--architecture", required=True, metavar="NAME", help="one that `hf-arch list` shows")
+    command.add_argument("--output", required=True, metavar="FOLDER")
+    command.add_argument("--verify", action="store_true", help="compare its answers with the original library's")
+
+    command = commands.add_parser("export", help="make a saved model load where hf_arch is not installed")
+    command.set_defaults(command=export_checkpoint)
+    command.add_argument("model", metavar="MODEL", help="a folder that save_pretrained wrote")
+    command.add_argument("folder", metavar="FOLDER", help="where to write the model with its code and card")
+    command.add_argument("--push", metavar="USER/REPO", help="push it to the Hub as well")
+
+    command = commands.add_parser("bench", help="measure speed, memory and state, beside who else does the same")
+    command.set_defaults(command=bench)
+    command.add_argument("rows", nargs="*", metavar="ROW", help="architectures that `hf-arch list` shows; default: all")
+    command.add_argument("--peers", nargs="*", metavar="NAME", help="measure these other libraries too; no NAME: all")
+    command.add_argument("--lengths", nargs="+", type=int, default=[], metavar="TOKENS", help="of texts and contexts")
+    command.add_argument("--quick", action="store_true", help="two minutes: short texts, few rounds")
+    command.add_argument(
+        "--device", default="cpu", help="cpu, or cuda with sizes that fill a GPU; default: %(default)s"
+    )
+    command.add_argument("--dtype", default="float32", help="default: %(default)s")
+    command.add_argument("--threads", type=int, default=1, help="default: %(default)s")
+    command.add_argument("--output", default="hf_arch_bench", metavar="FOLDER", help="default: %(default)s")
+    command.add_argument(
+        "--render", metavar="README", help="measure nothing: put the table of what FOLDER holds between README's marks"
+    )
+    return top
+
+
+def show_catalogue(options: argparse.Namespace) -> None:
+    if options.markdown:
+        print(markdown())
+        return
+    lines = [("name", "family", "paper", "heads")]
+    lines += [(row.name, row.family, row.paper, " ".join(row.heads)) for row in ARCHITECTURES]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def demo(options: argparse.Namespace) -> None:
+    try:
+        job = importlib.import_module("hf_arch.demo.run")  # not at the top: the other commands do without its extras
+    except ModuleNotFoundError as error:
+        raise ImportError(f"The demo needs {error.name}: pip install 'hf-arch[demo]'.") from error
+    job.run(options.architecture, options.text, options.output, options.push)
+
+
+def convert_checkpoint(options: argparse.Namespace) -> None:
+    convert(options.source, options.architecture, output=options.output, verify=options.verify)
+    print(f"Converted to {options.output}")
+
+
+def export_checkpoint(options: argparse.Namespace) -> None:
+    print(f"Exported to {export(options.model, options.folder)}")
+    if options.push is not None:
+        print(f"Pushed to {push_to_hub(options.folder, options.push)}")
+
+
+def bench(options: argparse.Namespace) -> None:
+    try:
+        job = importlib.import_module("hf_arch.bench.run")  # not at the top: the other commands do without its extras
+    except ModuleNotFoundError as error:
+        raise ImportError(f"The benchmark needs {error.name}: pip install 'hf-arch[plots]'.") from error
+    if options.render is not None:
+        job.render(options.output, options.render)
+        return
+    sizes = options.lengths, options.quick, options.device, options.dtype, options.threads
+    job.run(options.rows, options.peers, options.output, job.settings_for(*sizes))

@@ -1,0 +1,143 @@
+"""A backbone and a head that names texts, tokens, or a stretch of tokens."""
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import (
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.utils import can_return_tuple
+
+from .config import ArchConfig
+from .heads import Head, check_labels
+
+
+class LastToken(nn.Module):
+    """The last real token of each row, which in a decoder has seen the others."""
+
+    def __init__(self, config: ArchConfig):
+        super().__init__()
+
+    def forward(self, hidden_states: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+        if real is None:
+            return hidden_states[:, -1]
+        last = (torch.arange(real.shape[1], device=real.device) * real).argmax(-1)
+        return hidden_states[torch.arange(len(real), device=real.device), last]
+
+
+class FirstToken(nn.Module):
+    """tanh(dense(x)) of the first real token of each row, as BERT and RoBERTa pool."""
+
+    def __init__(self, config: ArchConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+        first = 0 if real is None else real.int().argmax(-1)
+        rows = torch.arange(len(hidden_states), device=hidden_states.device)
+        return torch.tanh(self.dense(hidden_states[rows, first]))
+
+
+class SequenceClassification(Head):
+    """A head that names the whole text, or scores it."""
+
+    poolers: ClassVar[dict[str, type[nn.Module]]] = {"last": LastToken, "first": FirstToken}
+
+    def add_head(self, config):
+        self.num_labels = config.num_labels
+        self.pooler = self.poolers[config.pooling](config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        labels=None,
+        token_type_ids=None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        told = {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids}
+        outputs = self.model(input_ids, attention_mask, position_ids, **told, **kwargs)
+        real = attention_mask
+        if real is None and input_ids is not None and self.config.pad_token_id is not None:
+            real = input_ids != self.config.pad_token_id
+        logits = self.score(self.dropout(self.pooler(outputs.last_hidden_state, real)))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class TokenClassification(Head):
+    """A head that names every token."""
+
+    def add_head(self, config):
+        self.num_labels = config.num_labels
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        labels=None,
+        token_type_ids=None,
+        **kwargs,
+    ) -> TokenClassifierOutput:
+        told = {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids}
+        outputs = self.model(input_ids, attention_mask, position_ids, **told, **kwargs)
+        check_labels(labels, outputs.last_hidden_state)
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None if labels is None else self.loss_function(logits, labels, self.config, **kwargs)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class QuestionAnswering(Head):
+    """A head that finds where an answer starts and ends."""
+
+    def add_head(self, config):
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        start_positions=None,
+        end_positions=None,
+        token_type_ids=None,
+        **kwargs,
+    ) -> QuestionAnsweringModelOutput:
+        told = {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids}
+        outputs = self.model(input_ids, attention_mask, position_ids, **told, **kwargs)
+        start_logits, end_logits = (x.contiguous() for x in self.qa_outputs(outputs.last_hidden_state).unbind(-1))
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )

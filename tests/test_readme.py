@@ -1,0 +1,20 @@
+"""The README says what is so: its table is the catalogue's, and its example runs."""
+
+import re
+from pathlib import Path
+
+from hf_arch.catalogue import markdown
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_the_table_is_rendered_from_the_catalogue():
+    shown = re.search(r"<!-- catalogue -->\n(.*)\n<!-- /catalogue -->", README, re.DOTALL)[1]
+    assert shown == markdown(), "paste the output of: hf-arch list --markdown"
+
+
+def test_the_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+    assert (tmp_path / "my-retnet" / "model.safetensors").exists()
