@@ -5,13 +5,22 @@ PYTHON ?= python3
 RUN := OMP_NUM_THREADS=1 $(VENV)/bin/
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format clean
+.PHONY: demo test conformance conformance-full bench lint format clean
 
 demo: $(READY)
 	$(VENV)/bin/hf-arch demo $(DEMO)
 
 test: $(READY)
 	$(RUN)python -m pytest -n $${TEST_WORKERS:-auto} --dist loadfile $(TESTS)
+
+# ROWS=retnet measures one row. A quiet machine, please: what is found goes into the README. `hf-arch bench --quick` does not
+bench: $(READY)
+	$(VENV)/bin/hf-arch bench $(ROWS) --peers --output benchmarks/results $(BENCH)
+	$(VENV)/bin/hf-arch bench --output benchmarks/results --render README.md
+
+# transformers' own common tests, over the catalogue or over ROWS; they are downloaded once (10 MB)
+conformance conformance-full: $(READY)
+	$(RUN)python -m conformance $(if $(findstring full,$@),--full) --workers $${TEST_WORKERS:-auto} $(ROWS)
 
 lint: $(READY)
 	$(RUN)ruff check . && $(RUN)ruff format --check .
@@ -29,4 +38,4 @@ $(READY): pyproject.toml setup.py
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info hf_arch_demo
+	rm -rf $(VENV) build dist *.egg-info hf_arch_demo hf_arch_bench

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_arch import ARCHITECTURES
-from promises import DECODERS, ENCODERS, HEADS, LENGTH, ROWS, some_tokens
+from promises import DECODERS, ENCODERS, HEADS, ROWS, some_tokens
 
 ROW_LIMIT = 40  # seconds of processor time that all tests of a row may take: the suite has to hold many rows
 spent: Counter[str] = Counter()

@@ -1,0 +1,37 @@
+"""What is not run, or only by `make conformance-full`: the one place where we say so. Patterns are of test names."""
+
+from fnmatch import fnmatch
+
+# Tests that cannot apply to any model of ours, beside those that skip themselves
+NOT_APPLICABLE: dict[str, str] = {}
+
+# (row, test): what the mathematics of a row cannot keep
+NOT_KEPT: dict[tuple[str, str], str] = {
+    ("retnet", "test_model_rope_scaling_from_config*"): "RetNet scales no rotations: its config refuses to",
+}
+
+# Seconds of processor time each, or many of a kind
+SLOW = (
+    "test_eager_matches_sdpa_inference_*_fp16_*",
+    "test_eager_matches_sdpa_inference_*_bf16_*",
+    "test_eager_matches_sdpa_inference_*_sdpa_kernels",
+    "test_bc_torch_dtype",
+    "test_training_overfit",
+    "test_generate_compile_model_forward_fullgraph",
+    "test_tp_forward*",
+    "test_tp_backward*",
+    "test_tp_generation*",
+    "test_ep_*",
+    "test_fsdp2_*",
+    "test_hsdp_*",
+)
+
+
+def is_slow(test: str) -> bool:
+    return any(fnmatch(test, pattern) for pattern in SLOW)
+
+
+def reason_to_skip(row: str, test: str) -> str | None:
+    reasons = [reason for pattern, reason in NOT_APPLICABLE.items() if fnmatch(test, pattern)]
+    reasons += [reason for (name, pattern), reason in NOT_KEPT.items() if name == row and fnmatch(test, pattern)]
+    return reasons[0] if reasons else None

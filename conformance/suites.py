@@ -1,0 +1,115 @@
+"""A class of tests for each row of the catalogue, or several, where heads want configs that differ."""
+
+import functools
+import unittest
+
+import torch
+from transformers.models.auto import modeling_auto
+from transformers.testing_utils import torch_device
+
+from hf_arch import ARCHITECTURES, Architecture
+
+from .upstream import test_expert_parallel_mixin, test_fsdp_mixin, test_tensor_parallel_mixin
+from .upstream.generation.test_utils import GenerationTesterMixin
+from .upstream.test_configuration_common import ConfigTester
+from .upstream.test_modeling_common import ModelTesterMixin, ids_tensor
+from .upstream.test_training_mixin import TrainingTesterMixin
+
+MAPPINGS = {
+    "Model": "MODEL_MAPPING_NAMES",
+    "ForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "ForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "ForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "ForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "ForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+}
+
+
+class ModelTester:
+    """What the mixins ask for a config, inputs and classes; they also read the fields of the config here."""
+
+    batch_size, seq_length, is_training = 13, 7, True
+
+    def __init__(self, row: Architecture, heads: tuple[str, ...]):
+        self.row, self.heads = row, heads
+        config = self.get_config()
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_labels"):
+            setattr(self, name, getattr(config, name))
+        self.base_model_class = row.load("Model")
+        self.causal_lm_class = row.load("ForCausalLM") if "ForCausalLM" in heads else None
+
+    def get_config(self):
+        return self.row.tiny_config(self.heads[-1])
+
+    def prepare_config_and_inputs_for_common(self):
+        input_ids = ids_tensor([self.batch_size, self.seq_length], self.vocab_size)
+        attention_mask = torch.tril(torch.ones_like(input_ids)).to(torch_device)  # rows padded on the right
+        return self.get_config(), {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+class Suite(ModelTesterMixin, TrainingTesterMixin):
+    row: Architecture
+    heads: tuple[str, ...]
+    model_tester = None  # the mixins have an abstract property of this name
+    test_can_init_all_missing_weights_before_2023 = True
+
+    def setUp(self):
+        self.model_tester = ModelTester(self.row, self.heads)
+        self.config_tester = ConfigTester(self, self.row.load("Config"), hidden_size=self.model_tester.hidden_size)
+
+    @property
+    def all_model_classes(self) -> tuple[type, ...]:
+        return tuple(self.row.load(head) for head in self.heads)
+
+    @functools.cached_property
+    def has_attentions(self) -> bool:
+        """Whether every layer records the weights of an attention over all tokens."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        config._attn_implementation = "eager"
+        recorded = self.row.load("Model")(config).eval()(**inputs, output_attentions=True).attentions or ()
+        length = self.model_tester.seq_length
+        return [tuple(weights.shape[-2:]) for weights in recorded] == [(length, length)] * config.num_hidden_layers
+
+    def _get_trainable_model_class(self) -> type:
+        return self.model_tester.causal_lm_class or self.all_model_classes[-1]
+
+    def test_config(self):
+        self.config_tester.run_common_tests()
+
+
+class GeneratingSuite(
+    Suite,
+    GenerationTesterMixin,
+    test_tensor_parallel_mixin.TensorParallelTesterMixin,
+    test_expert_parallel_mixin.ExpertParallelTesterMixin,
+    test_fsdp_mixin.FSDPTesterMixin,
+):
+    pass
+
+
+def open_closed_lists() -> None:
+    """The mixins know classes by name, and distribute only some of transformers' own model types."""
+    for row in ARCHITECTURES:
+        for head in row.heads:
+            getattr(modeling_auto, MAPPINGS[head])[row.model_type] = row.prefix + head
+    test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = None
+    test_expert_parallel_mixin.EP_DISTRIBUTED_TEST_MODEL_TYPES = None
+    test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None
+
+
+def groups_of_heads(row: Architecture) -> list[tuple[str, ...]]:
+    """Heads that share a config are tested together, and with them the bare model."""
+    groups: dict[str, list[str]] = {}
+    for head in row.heads:
+        groups.setdefault(repr(row.head_fields.get(head)), []).append(head)
+    return [tuple(dict.fromkeys(("Model", *heads))) for heads in groups.values()]
+
+
+def suites() -> dict[str, type[unittest.TestCase]]:
+    classes = {}
+    for row in ARCHITECTURES:
+        for heads in groups_of_heads(row):
+            base = GeneratingSuite if "ForCausalLM" in heads else Suite
+            name = row.prefix + ("Test" if len(heads) > 2 else f"{heads[-1]}Test")
+            classes[name] = type(name, (base, unittest.TestCase), {"row": row, "heads": heads})
+    return classes

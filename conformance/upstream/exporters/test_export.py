@@ -1,0 +1,5 @@
+"""Not in the source distribution: export to torch.export, ONNX and ExecuTorch."""
+
+
+class ExportTesterMixin:
+    """No tests."""

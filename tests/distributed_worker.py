@@ -1,0 +1,276 @@
+"""What each of the two processes of test_distributed.py does: `distributed_worker.py FOLDER [CASE...]`.
+
+Every check of every case is reported in FOLDER/report.json: an empty text where it passed in both processes, else what
+went wrong. An equal answer proves nothing where nothing was split, so each check first looks at what a process holds.
+"""
+
+import contextlib
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
+from transformers import Trainer, TrainingArguments
+from transformers.distributed import DistributedConfig
+
+from hf_arch.modeling.skeleton import heads, loss
+from promises import DECODERS, EXACT, ROWS, Case, some_tokens
+from training_buffer_toy import ToyConfig, ToyForCausalLM, buffers
+
+CASES = [*ROWS, *(case for case in DECODERS if case.variant in ("t5", "shared"))]
+CASES.append(Case(ROWS[0].row, "ForCausalLM", "tied", {"tie_word_embeddings": True, "attention_bias": True}))
+SPLIT = {"colwise": 0, "colwise_gather_output": 0, "embedding_rowwise": 0, "rowwise": 1}  # dimension of the weight
+
+
+def share(batch: torch.Tensor) -> torch.Tensor:
+    return batch.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def learn(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Adds to the gradients; the logits come from another pass, since a loss in chunks makes none."""
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return logits
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def assert_gradients(model: nn.Module, reference: nn.Module) -> None:
+    found = {name.removeprefix("module."): whole(weight.grad) for name, weight in model.named_parameters()}
+    assert_close(found, {name: weight.grad for name, weight in reference.named_parameters()}, **EXACT)
+
+
+def single(case: Case, ids: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
+    """What one process makes of the joint batch: the model with its gradients, the logits."""
+    model = case.build().train()
+    return model, learn(model, ids)
+
+
+def data_parallel(case: Case, folder: Path) -> None:
+    ids = some_tokens(batch=4)
+    reference, _ = single(case, ids)
+    model = DistributedDataParallel(case.build().train())
+    for _ in range(2):  # an unused parameter is complained of in the second pass
+        model.zero_grad()
+        learn(model, share(ids))
+    assert_gradients(model, reference)
+
+
+def by_hand(model: nn.Module) -> nn.Module:
+    """Each layer by itself, then the rest."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def assert_sharded(model: nn.Module) -> None:
+    assert isinstance(model, FSDPModule)
+    assert {type(layer).__name__ for layer in model.model.layers} == {"FSDPLayer"}
+    for name, weight in model.named_parameters():
+        assert isinstance(weight, DTensor), name
+        rows = [len(part) for part in torch.arange(len(weight)).chunk(dist.get_world_size())] + [0]
+        assert weight.to_local().shape == (rows[dist.get_rank()], *weight.shape[1:]), name
+
+
+def fully_sharded(case: Case, folder: Path) -> None:
+    ids = some_tokens(batch=4)
+    reference, logits = single(case, ids)
+    model = by_hand(case.build().train())
+    assert_sharded(model)
+    assert_close(learn(model, share(ids)), share(logits), **EXACT)
+    assert_gradients(model, reference)
+
+    full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    assert_close(full, reference.state_dict(), **EXACT)
+    dcp.save(get_model_state_dict(model), checkpoint_id=folder / "dcp")
+    other = by_hand(case.build().train())
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.zero_()
+    dcp.load(state := get_model_state_dict(other), checkpoint_id=folder / "dcp")
+    other.load_state_dict(state)
+    with torch.no_grad():
+        assert_close(other(share(ids)).logits, share(logits), **EXACT)
+
+
+def loaded(case: Case, folder: Path, **sizes: int) -> nn.Module:
+    """The case's model, saved by one process and loaded in parts."""
+    if dist.get_rank() == 0:
+        case.build().save_pretrained(folder)
+    dist.barrier()
+    kind = case.row.load(case.head)
+    return kind.from_pretrained(folder, dtype=torch.float64, distributed_config=DistributedConfig(**sizes))
+
+
+def fully_sharded_by_transformers(case: Case, folder: Path) -> None:
+    ids = some_tokens(batch=4)
+    reference, logits = single(case, ids)
+    model = loaded(case, folder, fsdp_size=dist.get_world_size()).train()
+    assert_sharded(model)
+    assert_close(learn(model, share(ids)), share(logits), **EXACT)
+    assert_gradients(model, reference)
+
+
+def assert_split(model: nn.Module, plan: dict[str, str]) -> None:
+    """Every rule of the plan names some weights, of which a process holds the half that the rule says."""
+    assert [rule for rule in plan if rule.endswith("down_proj")]
+    for rule, style in plan.items():
+        named = re.compile(re.escape(rule).replace(r"\*", r"\d+") + r"\.weight").fullmatch
+        weights = {name: weight for name, weight in model.named_parameters(remove_duplicate=False) if named(name)}
+        assert weights, f"{rule} names nothing"
+        for name, weight in weights.items():
+            half = list(weight.shape)
+            half[SPLIT[style]] //= dist.get_world_size()
+            assert isinstance(weight, DTensor) and list(weight.to_local().shape) == half, name
+
+
+def tensor_parallel(case: Case, folder: Path) -> None:
+    ids = some_tokens()
+    reference, logits = single(case, ids)
+    model = loaded(case, folder, tp_size=dist.get_world_size()).train()
+    assert_split(model, model.tp_plan)
+    assert_close(learn(model, ids), logits, **EXACT)
+    assert_gradients(model, reference)
+    answer = model.eval().generate(ids, max_new_tokens=6, do_sample=False)
+    assert_close(answer, reference.eval().generate(ids, max_new_tokens=6, do_sample=False))
+    model.save_pretrained(folder / "again")
+    dist.barrier()
+    again = case.row.load(case.head).from_pretrained(folder / "again", dtype=torch.float64)
+    assert_close(again.state_dict(), reference.state_dict(), atol=0, rtol=0)
+
+
+def toy() -> nn.Module:
+    torch.manual_seed(0)
+    return ToyForCausalLM(ToyConfig()).double().train()
+
+
+def train_toy(model: nn.Module, mine: Callable, no_sync=contextlib.nullcontext) -> dict[str, torch.Tensor]:
+    """Three steps on a joint batch in two pieces, `mine` of each; the training buffers after them."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    for step in range(3):
+        first, second = some_tokens(8, 12, seed=step).remainder(32).chunk(2)
+        with no_sync():
+            learn(model, mine(first))
+        learn(model, mine(second))
+        optimizer.step()
+        optimizer.zero_grad()
+    return buffers(getattr(model, "module", model))
+
+
+def assert_equal_everywhere(values: dict[str, torch.Tensor]) -> None:
+    both = [None] * dist.get_world_size()
+    dist.all_gather_object(both, values)
+    assert_close(both[0], both[1], atol=0, rtol=0)
+
+
+def training_buffers() -> None:
+    """The reference runs in both processes too, so that all it saw counts twice; only the number of tokens shows it."""
+    expected = train_toy(toy(), lambda ids: ids)
+    expected |= {name: value / 2 for name, value in expected.items() if name.endswith(".tokens")}
+    parallel = DistributedDataParallel(toy())
+    sharded = by_hand(toy())
+    assert_sharded(sharded)
+    for found in (train_toy(parallel, share, parallel.no_sync), train_toy(sharded, share)):
+        assert found["model.layers.0.mixer.features.drawn"] == 3
+        assert_equal_everywhere(found)
+        assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+def retnet() -> nn.Module:
+    return next(case for case in ROWS if case.row.name == "retnet").build()
+
+
+def make_trainer(folder: Path, model: nn.Module, batch_size: int, **options) -> Trainer:
+    """Rows of which unequal parts are asked for, so that a mean of the processes' means would show."""
+    ids = some_tokens(32, 12).remainder(32)
+    labels = torch.where(torch.arange(12) < torch.arange(32)[:, None] % 8, -100, ids)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=4,
+        save_steps=2,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=2,
+        learning_rate=0.01,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        **options,
+    )
+    rows = [{"input_ids": row, "labels": label} for row, label in zip(ids, labels, strict=True)]
+    return Trainer(model=model, args=arguments, train_dataset=rows)
+
+
+def trainer(build: Callable[[], nn.Module], folder: Path) -> None:
+    """The result is kept, for a process without company to compare with."""
+    folder = folder / f"trainer-{build.__name__}"
+    options = {"batch_size": 2, "ddp_backend": "gloo", "ddp_find_unused_parameters": False}
+    trained, resumed = make_trainer(folder, build(), **options), make_trainer(folder / "resumed", build(), **options)
+    trained.train()
+    assert isinstance(trained.model_wrapped, DistributedDataParallel)
+    assert_equal_everywhere(trained.model.state_dict())
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    assert_close(resumed.model.state_dict(), trained.model.state_dict(), atol=0, rtol=0)
+    trained.save_model(str(folder / "joint"))
+
+
+CHECKS = (data_parallel, fully_sharded, fully_sharded_by_transformers, tensor_parallel)
+CHUNKED = (fully_sharded, tensor_parallel)
+
+
+def in_chunks(check: Callable, case: Case, folder: Path) -> None:
+    with patch.object(heads, "LOGITS_AT_ONCE", 700), patch.object(loss, "LOGITS_AT_ONCE", 700):
+        check(case, folder)
+
+
+def run(check: Callable, *args) -> str:
+    try:
+        check(*args)
+    except Exception:
+        return f"process {dist.get_rank()}: {traceback.format_exc()}"
+    return ""
+
+
+def main(folder: Path, names: list[str]) -> None:
+    """Processes tell each other through a file how a check went: where one failed alone, the other waits in vain for it
+    to take part in some exchange, and what follows would mean nothing."""
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store, patience = dist.FileStore(str(folder / "store"), size), timedelta(seconds=60)
+    store.set_timeout(patience)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=patience)
+    cases = [case for case in CASES if str(case) in names]
+    tasks = [(str(case), check, (case, folder / f"{case}-{check.__name__}")) for case in cases for check in CHECKS]
+    tasks += [("toy", training_buffers, ()), ("toy", trainer, (toy, folder)), ("retnet", trainer, (retnet, folder))]
+    tasks += [(f"{check.__name__} in chunks", in_chunks, (check, CASES[0], folder / "chunks")) for check in CHUNKED]
+    report: dict[str, dict[str, str]] = {}
+    for name, check, args in tasks:
+        store.set(f"{name} {check.__name__} {rank}", run(check, *args))
+        told = [store.get(f"{name} {check.__name__} {process}").decode() for process in range(size)]
+        report.setdefault(name, {})[check.__name__] = "\n".join(filter(None, told))
+        if rank == 0:
+            (folder / "report.json").write_text(json.dumps(report))
+        if any(told) and not all(told):
+            break
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
