@@ -104,9 +104,7 @@ def register() -> None:
         config = row.load("Config")
         if row.model_type not in transformers.models.auto.configuration_auto.CONFIG_MAPPING:
             transformers.AutoConfig.register(row.model_type, config)
-        if (
-            "ForCausalLM" in row.heads
-        ):  # Trainer's label smoothing shifts the labels of classes named here, of no others
+        if "ForCausalLM" in row.heads:  # Trainer's label smoothing shifts the labels of the classes named here only
             names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
             names.setdefault(row.model_type, f"{row.prefix}ForCausalLM")
         for head in row.heads:

@@ -26,9 +26,8 @@ class TrainingBuffer(nn.Module):
     def __init__(self, value: torch.Tensor):
         super().__init__()
         self.register_buffer("value", value)
-        self.seen: torch.Tensor | None = (
-            None  # no buffer: DistributedDataParallel would send that of one process to all
-        )
+        # What was seen is no buffer: DistributedDataParallel would send that of one process to all
+        self.seen: torch.Tensor | None = None
         self.watching = False  # whether the forward pass under way is one that backward will go through
 
     def observe(self, statistic: torch.Tensor) -> None:
