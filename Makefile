@@ -38,4 +38,4 @@ $(READY): pyproject.toml setup.py
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info hf_arch_demo hf_arch_bench
+	rm -rf $(VENV) build dist *.egg-info hf_arch_demo hf_arch_bench hf_arch_evaluation

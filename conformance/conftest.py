@@ -20,13 +20,17 @@ def pytest_addoption(parser):
     parser.addoption("--record", action="store_true", help="write results.json and RESULTS.md")
 
 
-def pytest_configure():
+def pytest_configure(config):
     torch.set_num_threads(1)  # one process per core
+    try:
+        config.rows = [find(name).name for name in config.getoption("row") or ()]
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 def pytest_collection_modifyitems(config, items):
-    full, rows = config.getoption("full"), [find(name).name for name in config.getoption("row") or ()]
-    kept = [item for item in items if (full or not is_slow(item.name)) and (not rows or item.cls.row.name in rows)]
+    asked = [item for item in items if not config.rows or item.cls.row.name in config.rows]
+    kept = [item for item in asked if config.getoption("full") or not is_slow(item.name)]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
     for item in items:

@@ -1,4 +1,4 @@
-"""`hf-arch list | demo | convert | export | bench`."""
+"""`hf-arch list | demo | convert | export | bench | evaluate`."""
 
 import argparse
 import importlib
@@ -67,7 +67,23 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--render", metavar="README", help="measure nothing: put the table of what FOLDER holds between README's marks"
     )
+    add_evaluate(commands)
     return top
+
+
+def add_evaluate(commands) -> None:
+    command = commands.add_parser("evaluate", help="bits per byte over the context, and a pass key in a long text")
+    command.set_defaults(command=evaluate)
+    command.add_argument("model", metavar="MODEL", help="a causal language model: a folder, or a repository of the Hub")
+    command.add_argument("--text", nargs="+", required=True, metavar="FILE", help="to measure on, read as one text")
+    command.add_argument("--lengths", nargs="+", type=int, default=[], metavar="TOKENS")
+    command.add_argument("--windows", type=int, default=8, help="of the text; default: %(default)s")
+    command.add_argument("--trials", type=int, default=5, help="pass keys at each depth; default: %(default)s")
+    command.add_argument("--tokenizer", metavar="SOURCE", help="default: the one that MODEL holds")
+    command.add_argument("--device", default="cpu", help="default: %(default)s")
+    command.add_argument("--dtype", default="float32", help="default: %(default)s")
+    command.add_argument("--trust-remote-code", action="store_true", help="run the code that MODEL brings")
+    command.add_argument("--output", default="hf_arch_evaluation", metavar="FOLDER", help="default: %(default)s")
 
 
 def show_catalogue(options: argparse.Namespace) -> None:
@@ -110,3 +126,13 @@ def bench(options: argparse.Namespace) -> None:
         return
     sizes = options.lengths, options.quick, options.device, options.dtype, options.threads
     job.run(options.rows, options.peers, options.output, job.settings_for(*sizes))
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    try:
+        job = importlib.import_module("hf_arch.evaluate.run")  # as above
+    except ModuleNotFoundError as error:
+        raise ImportError(f"The evaluation needs {error.name}: pip install 'hf-arch[plots]'.") from error
+    names = ("lengths", "windows", "trials", "device", "dtype", "trust_remote_code")
+    settings = job.Settings(**{name: getattr(options, name) for name in names})
+    job.run(options.model, options.text, options.output, settings, options.tokenizer)

@@ -73,13 +73,12 @@ def test_attention_implementations_agree_and_weights_are_recorded(decoder_case, 
             assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_compiled_equals_eager(row_case, tokens, training):
-    model = row_case.build().train(training)
+def test_compiled_equals_eager(row_case, tokens):
+    model = row_case.build()
     inputs = {"input_ids": tokens, "labels": tokens, "use_cache": False}
     plain = gradients(model, inputs)
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=not training)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     model.zero_grad()
     compiled(**inputs).loss.backward()
     for name, parameter in model.named_parameters():

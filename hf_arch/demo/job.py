@@ -25,10 +25,10 @@ class Scale:
     intermediate_size: int = 512
     num_hidden_layers: int = 2
     num_attention_heads: int = 4
-    dropout: float = 0.1
+    dropout: float = 0.2
     length: int = 128  # of the windows of text, in tokens
     base: Schedule = Schedule(steps=800, learning_rate=3e-3)
-    adapter: Schedule = Schedule(steps=300, learning_rate=2e-3)
+    adapter: Schedule = Schedule(steps=240, learning_rate=2e-3)
     rank: int = 16
     new_tokens: int = 80
 

@@ -1,6 +1,6 @@
 """A backbone and a head that names texts, tokens, or a stretch of tokens."""
 
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import torch
 from torch import nn
@@ -9,7 +9,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .config import ArchConfig
 from .heads import Head, check_labels
@@ -61,7 +61,7 @@ class SequenceClassification(Head):
         inputs_embeds=None,
         labels=None,
         token_type_ids=None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutputWithPast:
         told = {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids}
         outputs = self.model(input_ids, attention_mask, position_ids, **told, **kwargs)
@@ -98,7 +98,7 @@ class TokenClassification(Head):
         inputs_embeds=None,
         labels=None,
         token_type_ids=None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> TokenClassifierOutput:
         told = {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids}
         outputs = self.model(input_ids, attention_mask, position_ids, **told, **kwargs)
@@ -126,7 +126,7 @@ class QuestionAnswering(Head):
         start_positions=None,
         end_positions=None,
         token_type_ids=None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> QuestionAnsweringModelOutput:
         told = {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids}
         outputs = self.model(input_ids, attention_mask, position_ids, **told, **kwargs)

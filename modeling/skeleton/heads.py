@@ -1,6 +1,6 @@
 """A backbone and a head that names tokens."""
 
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import torch
 from torch import nn
@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import MaskedLMOutput, MoeCausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from ..layers.cache import growing
 from .backbone import Backbone
@@ -59,7 +59,7 @@ class CausalLM(Head, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         token_type_ids: torch.LongTensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MoeCausalLMOutputWithPast:
         """
         labels (`torch.LongTensor` [batch, length], *optional*):
@@ -147,7 +147,7 @@ class MaskedLM(Head):
         inputs_embeds=None,
         labels=None,
         token_type_ids=None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
         told = {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids}
         outputs = self.model(input_ids, attention_mask, position_ids, **told, **kwargs)

@@ -1,7 +1,10 @@
 """The Transformer (Vaswani et al., 2017, arXiv:1706.03762): each choice of the config is a class, picked once."""
 
+from typing import Unpack
+
 import torch
 from torch import nn
+from transformers.utils import TransformersKwargs
 
 from ...layers.attention import Attention, BidirectionalAttention
 from ...layers.norm import RMSNorm
@@ -94,7 +97,7 @@ class ArchTransformerForCausalLM(CausalLM):
         token_type_ids=None,
         prefix_length=None,
         prefix_mask=None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ):
         """generate() and the Trainer hand over what is named here, and nothing else."""
         prefix = {"prefix_length": prefix_length, "prefix_mask": prefix_mask}

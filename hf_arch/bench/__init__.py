@@ -1,0 +1,1 @@
+"""Speed, memory and state of the architectures and of who else does the same job: `hf-arch bench`."""

@@ -1,0 +1,60 @@
+"""Who else does the same job: a peer is an entry here and a subject in `worker/`."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from hf_arch.catalogue import Architecture
+
+FORWARD = ("forward", "training")
+DECODE = ("step", "generate")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment, made when a peer is first asked for."""
+
+    name: str
+    packages: tuple[str, ...] = ()
+    unaided: tuple[str, ...] = ()  # packages installed without what they ask for: it is not needed, or it is CUDA
+
+
+@dataclass(frozen=True)
+class Peer:
+    name: str
+    row: str  # of the catalogue, whose job it does
+    subject: str  # module:class in worker/
+    options: dict = field(default_factory=dict)  # what the subject is told beside the shape
+    measures: tuple[str, ...] = FORWARD + DECODE
+    environment: Environment | None = None  # None: ours
+
+
+LLAMA = {"config": "LlamaConfig", "model": "LlamaForCausalLM"}
+
+PEERS = (
+    Peer("llama", "transformer", "hugging_face:Transformers", LLAMA),
+    Peer("llama_static", "transformer", "hugging_face:StaticTransformers", LLAMA, measures=DECODE),
+    Peer(
+        "torchscale",
+        "retnet",
+        "torchscale:RetNet",
+        measures=(*FORWARD, "step"),
+        environment=Environment("torchscale", unaided=("torchscale==0.3.0",)),
+    ),
+)
+
+
+def chosen_peers(names: Iterable[str] | None, rows: Iterable[Architecture]) -> list[Peer]:
+    """The peers of `rows` that are called `names`; all of them if there are no names, none for None."""
+    if names is None:
+        return []
+    names, rows = list(names), {row.name for row in rows}
+    known = {peer.name for peer in PEERS}
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or sorted(known)
+            raise ValueError(f"No peer is called {name!r}. Did you mean {', '.join(near)}?")
+        if not any(peer.row in rows for peer in PEERS if peer.name == name):
+            jobs = ", ".join(sorted({peer.row for peer in PEERS if peer.name == name}))
+            raise ValueError(f"{name} does the job of {jobs}, which is not among the rows to measure.")
+    return [peer for peer in PEERS if peer.row in rows and (not names or peer.name in names)]

@@ -1,0 +1,79 @@
+"""Models that are called as those of transformers are: ours, and transformers' own."""
+
+import importlib
+import time
+
+import torch
+
+from .subject import Subject
+
+
+class HuggingFace(Subject):
+    """A model with a language-modelling head."""
+
+    def __init__(self, shape: dict, longest: int, **options):
+        self.transformers = importlib.import_module("transformers")
+        self.transformers.logging.set_verbosity_error()
+        self.model = self.build(shape | {"max_position_embeddings": longest}, **options)
+
+    def build(self, fields: dict, **options) -> torch.nn.Module:
+        raise NotImplementedError
+
+    def logits(self, ids):
+        return self.model(input_ids=ids, use_cache=False).logits
+
+    def loss(self, ids):
+        return self.model(input_ids=ids, labels=ids, use_cache=False).loss
+
+    def begin(self, ids, room):
+        return self.model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+
+    def step(self, token, memory):
+        return self.model(input_ids=token, past_key_values=memory, use_cache=True).past_key_values
+
+    def generate(self, ids, new_tokens, **options):
+        moments = []
+
+        def clock(input_ids, scores, **kwargs):
+            moments.append(time.perf_counter())
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+        self.model.generation_config.eos_token_id = None  # it would end early
+        self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens + 1,
+            do_sample=False,
+            stopping_criteria=self.transformers.StoppingCriteriaList([clock]),
+            **options,
+        )
+        return (moments[-1] - moments[0]) / new_tokens
+
+
+class Ours(HuggingFace):
+    """A row of the catalogue."""
+
+    def build(self, fields, row, head, **options):
+        architecture = importlib.import_module("hf_arch").find(row)
+        fields |= architecture.head_fields.get(head, {})
+        return architecture.load(head)(architecture.load("Config")(**fields))
+
+
+class Transformers(HuggingFace):
+    """A class of transformers: `config` and `model` are their names, `fields` what its config is told beside sizes."""
+
+    def build(self, fields, config, model, **options):
+        made = getattr(self.transformers, config)(**(fields | options.get("fields", {})))
+        return getattr(self.transformers, model)(made)
+
+
+class StaticTransformers(Transformers):
+    """The same with a cache of fixed size."""
+
+    def begin(self, ids, room):
+        memory = self.transformers.StaticCache(config=self.model.config, max_cache_len=ids.shape[1] + room)
+        self.model(input_ids=ids, past_key_values=memory, use_cache=True, logits_to_keep=1)
+        return memory
+
+    def generate(self, ids, new_tokens, **options):
+        return super().generate(ids, new_tokens, cache_implementation="static", **options)
