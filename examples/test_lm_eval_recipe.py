@@ -1,4 +1,7 @@
-"""The recipe for lm-eval, offline, against probabilities that are computed directly."""
+"""The recipe for lm-eval, offline, against probabilities that are computed directly.
+
+Run it with `pytest examples` where the extra `evaluate` is installed; lm-eval is too large for every test run.
+"""
 
 import math
 
