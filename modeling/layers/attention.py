@@ -40,10 +40,8 @@ class Attention(Mixer):
         key_positions: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        query, key, value = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key, value = (proj(hidden_states).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         query, key = position_embeddings.rotate(query, key)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [batch, heads, length, dim]
         if past_key_values is not None:

@@ -24,4 +24,6 @@ class GatedMLP(MLP):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate, up = self.act_fn(self.gate_proj(hidden_states)), self.up_proj(hidden_states)
+        # Backward needs both factors; without it their product takes the place of one, the largest tensor of a layer
+        return self.down_proj(gate * up if gate.requires_grad else gate.mul_(up))

@@ -20,7 +20,7 @@ class Residual(nn.Module):
     def __init__(self, config, names: tuple[str, ...], norm: Callable[[], nn.Module]):
         super().__init__()
         self.norm = nn.ModuleDict({name: norm() for name in names})
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = nn.Dropout(config.hidden_dropout) if config.hidden_dropout else nn.Identity()
 
     @staticmethod
     def enter(hidden_states: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,6 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from ..layers.cache import growing
 from ..layers.feed_forward import MLP, GatedMLP
 from ..layers.mixer import Mixer
-from ..layers.norm import RMSNorm
 from ..layers.positions import NoPositions
 from ..layers.record import AttentionWeights, RouterLogits
 from ..layers.residual import PreNorm, Residual
@@ -57,7 +56,7 @@ class Backbone(ArchPreTrainedModel):
     views: ClassVar[dict[str, type[View]]] = {}
     positions: ClassVar[type[nn.Module]] = NoPositions
     masks: ClassVar[dict[str, Callable]] = {}
-    norm_class: ClassVar[Callable[[int, float], nn.Module]] = RMSNorm
+    norm_class: ClassVar[Callable[[int, float], nn.Module]] = nn.RMSNorm
     _can_record_outputs = {
         "hidden_states": Layer,
         "attentions": OutputRecorder(AttentionWeights, index=0),
@@ -72,6 +71,7 @@ class Backbone(ArchPreTrainedModel):
         self.embed_positions = self.positions(config)
         self.embed_norm = self.make_norm() if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.hidden_dropout)
+        self.calls = tuple(zip(config.layer_groups, config.layer_types, strict=True))  # the layer and its kind, in order
         firsts = [config.layer_groups.index(group) for group in sorted(set(config.layer_groups))]
         self.layers = nn.ModuleList(self.make_layer(layer_idx) for layer_idx in firsts)
         self.norm = self.make_norm() if self.residual.final_norm else nn.Identity()
@@ -128,8 +128,7 @@ class Backbone(ArchPreTrainedModel):
         hidden_states, position_embeddings = self.embed_positions(hidden_states, position_ids)
 
         stream = self.residual.enter(self.dropout(self.embed_norm(hidden_states)))
-        for layer_idx, group in enumerate(self.config.layer_groups):
-            kind = self.config.layer_types[layer_idx]
+        for layer_idx, (group, kind) in enumerate(self.calls):
             stream = self.layers[group](
                 stream,
                 attention_mask=masks[kind],

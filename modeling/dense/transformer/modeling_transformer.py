@@ -7,7 +7,6 @@ from torch import nn
 from transformers.utils import TransformersKwargs
 
 from ...layers.attention import Attention, BidirectionalAttention
-from ...layers.norm import RMSNorm
 from ...layers.positions import (
     AlibiBias,
     LearnedPositions,
@@ -23,7 +22,7 @@ from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, T
 from ...skeleton.heads import CausalLM, MaskedLM
 from .configuration_transformer import ArchTransformerConfig
 
-NORMS = {"rms_norm": RMSNorm, "layer_norm": nn.LayerNorm}
+NORMS = {"rms_norm": nn.RMSNorm, "layer_norm": nn.LayerNorm}
 WIRINGS = {"pre_norm": PreNorm, "post_norm": PostNorm, "deep_norm": DeepNorm, "parallel": Parallel}
 POSITIONS = {
     "none": NoPositions,

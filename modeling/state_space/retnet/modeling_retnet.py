@@ -5,7 +5,6 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from ...layers.mixer import Mixer
-from ...layers.norm import RMSNorm
 from ...layers.positions import RotaryEmbedding
 from ...ops.retention import chunk_retention, recurrent_retention
 from ...skeleton.backbone import Backbone
@@ -35,7 +34,7 @@ class MultiScaleRetention(Mixer):
         self.v_proj = nn.Linear(config.hidden_size, value_size, bias=config.attention_bias)
         self.g_proj = nn.Linear(config.hidden_size, value_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(value_size, config.hidden_size, bias=config.attention_bias)
-        self.head_norm = RMSNorm(value_size // config.num_attention_heads, config.norm_eps, affine=False)
+        self.head_norm = nn.RMSNorm(value_size // config.num_attention_heads, config.norm_eps, elementwise_affine=False)
 
     def forward(
         self,
