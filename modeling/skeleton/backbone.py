@@ -71,7 +71,8 @@ class Backbone(ArchPreTrainedModel):
         self.embed_positions = self.positions(config)
         self.embed_norm = self.make_norm() if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.calls = tuple(zip(config.layer_groups, config.layer_types, strict=True))  # the layer and its kind, in order
+        # The layer and its kind, call by call
+        self.calls = tuple(zip(config.layer_groups, config.layer_types, strict=True))
         firsts = [config.layer_groups.index(group) for group in sorted(set(config.layer_groups))]
         self.layers = nn.ModuleList(self.make_layer(layer_idx) for layer_idx in firsts)
         self.norm = self.make_norm() if self.residual.final_norm else nn.Identity()
