@@ -16,9 +16,9 @@ from .dispatch import accelerated
 from .documents import document_runs
 
 
-def retention_log_decay(num_heads: int, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """log(gamma) of each head."""
-    return torch.log1p(-torch.exp2(-5.0 - torch.arange(num_heads, device=device, dtype=dtype)))
+def retention_decay(num_heads: int, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The gamma of each head, exact in float32 for up to 19 heads."""
+    return 1 - torch.exp2(torch.arange(-5, -5 - num_heads, -1, device=device, dtype=dtype))
 
 
 def recurrent_retention(query, key, value, *, documents=None, initial_state=None, output_final_state=False):
@@ -27,7 +27,7 @@ def recurrent_retention(query, key, value, *, documents=None, initial_state=None
     wide = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
         q, k, v = query.to(wide) * key_dim**-0.5, key.to(wide), value.to(wide)
-        gamma = retention_log_decay(heads, query.device, wide).exp()[:, None, None]
+        gamma = retention_decay(heads, query.device, wide)[:, None, None]
         state = initial_state
         if state is None:
             state = q.new_zeros(batch, heads, key_dim, v.shape[-1])
@@ -36,10 +36,10 @@ def recurrent_retention(query, key, value, *, documents=None, initial_state=None
             starts = document.diff(dim=1, prepend=torch.ones_like(document[:, :1])) != 0
         outputs = []
         for t in range(length):
-            after = gamma * state
+            kept = gamma * state
             if documents is not None:
-                after = after * ~starts[:, t, None, None, None]
-            after = after + k[:, t, :, :, None] * v[:, t, :, None, :]
+                kept = kept * ~starts[:, t, None, None, None]
+            after = torch.addcmul(kept, k[:, t, :, :, None], v[:, t, :, None, :])
             state = after if documents is None else torch.where(real[:, t, None, None, None], after, state)
             outputs.append((q[:, t, :, None, :] @ state).squeeze(-2))
     return torch.stack(outputs, dim=1).to(value.dtype), state if output_final_state else None
@@ -80,7 +80,7 @@ def retention_fading(query, documents, chunk_size: int, dtype: torch.dtype) -> t
     start into a step [c, 1], from a step to its end [c, 1], and from its start to its end [1, 1]."""
     batch, length, heads = query.shape[:3]
     pad = -length % chunk_size
-    log_gamma = retention_log_decay(heads, query.device, dtype)[:, None]
+    log_gamma = retention_decay(heads, query.device, dtype).log()[:, None]
     if documents is None:
         ages = torch.arange(1, chunk_size + 1, device=query.device).expand(1, (length + pad) // chunk_size, 1, -1)
         last = ages[..., -1:].clone()
