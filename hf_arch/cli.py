@@ -52,6 +52,12 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("folder", metavar="FOLDER", help="where to write the model with its code and card")
     command.add_argument("--push", metavar="USER/REPO", help="push it to the Hub as well")
 
+    add_bench(commands)
+    add_evaluate(commands)
+    return top
+
+
+def add_bench(commands) -> None:
     command = commands.add_parser("bench", help="measure speed, memory and state, beside who else does the same")
     command.set_defaults(command=bench)
     command.add_argument("rows", nargs="*", metavar="ROW", help="architectures that `hf-arch list` shows; default: all")
@@ -67,8 +73,6 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--render", metavar="README", help="measure nothing: put the table of what FOLDER holds between README's marks"
     )
-    add_evaluate(commands)
-    return top
 
 
 def add_evaluate(commands) -> None:
@@ -136,3 +140,4 @@ def evaluate(options: argparse.Namespace) -> None:
     names = ("lengths", "windows", "trials", "device", "dtype", "trust_remote_code")
     settings = job.Settings(**{name: getattr(options, name) for name in names})
     job.run(options.model, options.text, options.output, settings, options.tokenizer)
+    print(f"Everything is in {options.output}")

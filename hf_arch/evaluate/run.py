@@ -44,15 +44,13 @@ def run(
     `output` gets evaluation.json, .md and .png. Raises ValueError or OSError, before anything is measured, for what
     cannot work.
     """
-    settings, started = settings or Settings(), time.perf_counter()
+    settings, started, folder = settings or Settings(), time.perf_counter(), Path(output)
     names = load_tokenizer(tokenizer or source)
     text = tokenize(names, files)
     model = load_model(source, settings.device, settings.dtype, settings.trust_remote_code)
     check_fit(model, text)
     lengths = choose_lengths(settings.lengths, model, text)
-    folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-
     windows = len(window_ends(len(text.ids), lengths[-1], settings.windows))
     reader = Reader(model, settings.piece)
     reader.check(text.ids[None, :SAMPLE])
@@ -72,7 +70,6 @@ def run(
         seconds=time.perf_counter() - started,
     )
     report.save(folder)
-    print(f"Everything is in {folder}")
     return report
 
 
