@@ -19,7 +19,8 @@ KINDS = {
 EXPLANATION = (
     f"Medians at {SUMMARY_LENGTH} tokens, or the longest length below it that was measured. In brackets: for ours, how "
     "many times its floor (its matrix products and exponentials, in decoding the reading of weights and state, at the "
-    "rates of the machine measured beside it); for a peer, how many times our time (over 1: ours is faster)."
+    "rates of the machine measured beside it); for a peer, how many times our time (over 1: ours is faster). "
+    "With one thread, times are of its processor."
 )
 MEMORY = (
     "Peak memory is what a call adds to a process that has the model loaded: on a CPU the high-water mark of the "

@@ -1,10 +1,10 @@
 """Models that are called as those of transformers are: ours, and transformers' own."""
 
 import importlib
-import time
 
 import torch
 
+from .machine import now
 from .subject import Subject
 
 
@@ -35,7 +35,7 @@ class HuggingFace(Subject):
         moments = []
 
         def clock(input_ids, scores, **kwargs):
-            moments.append(time.perf_counter())
+            moments.append(now(input_ids.device))
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
         self.model.generation_config.eos_token_id = None  # it would end early

@@ -8,6 +8,14 @@ import torch
 PROBE_SECONDS = 0.006  # of each rate: short beside what it stands next to
 
 
+def now(device: torch.device) -> float:
+    """Seconds by a clock. One thread is timed by its processor's: what else the machine does lengthens it least."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time() if alone else time.perf_counter()
+
+
 class Machine:
     """Probes on tensors of the model's dtype. Sizes: products that fill the processor, matrices that together are as
     large as a small model, exponentials that stay in the cache."""
@@ -22,9 +30,7 @@ class Machine:
         self.rates()  # the first calls are slow
 
     def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return now(self.device)
 
     @torch.no_grad()
     def rates(self) -> dict[str, float]:
