@@ -4,8 +4,20 @@ from hf_arch.catalogue import ARCHITECTURES, Architecture, find, register
 from hf_arch.convert import convert
 from hf_arch.export import export, push_to_hub
 from hf_arch.lora import lora_config, register_targets
+from hf_arch.states import fork, load_state, save_state
 
 register()
 register_targets()
 
-__all__ = ["ARCHITECTURES", "Architecture", "convert", "export", "find", "lora_config", "push_to_hub"]
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "convert",
+    "export",
+    "find",
+    "fork",
+    "load_state",
+    "lora_config",
+    "push_to_hub",
+    "save_state",
+]
