@@ -1,5 +1,7 @@
 """Model architectures for the Hugging Face Hub. `import hf_arch` makes them known to transformers and PEFT."""
 
+import importlib
+
 from hf_arch.catalogue import ARCHITECTURES, Architecture, find, register
 from hf_arch.convert import convert
 from hf_arch.export import export, push_to_hub
@@ -9,9 +11,20 @@ from hf_arch.states import fork, load_state, save_state
 register()
 register_targets()
 
+LATER = {"Segments": "streams", "StatefulTrainer": "streams"}  # transformers' Trainer takes seconds to import
+
+
+def __getattr__(name: str):
+    if name not in LATER:
+        raise AttributeError(f"module 'hf_arch' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"hf_arch.{LATER[name]}"), name)
+
+
 __all__ = [
     "ARCHITECTURES",
     "Architecture",
+    "Segments",
+    "StatefulTrainer",
     "convert",
     "export",
     "find",

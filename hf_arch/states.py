@@ -65,7 +65,7 @@ def load_state(
     """The cache that `save_state` wrote, to be handed to `model` as `past_key_values`. Example:
 
         cache = hf_arch.load_state("book.state", model)
-        model.generate(tokens, past_key_values=hf_arch.fork(cache))  # `tokens`: the text that was read, and what follows
+        model.generate(text_and_question, past_key_values=hf_arch.fork(cache))
 
     `device` and `dtype` are those of the model by default; recurrent states stay float32 at least. Raises ValueError
     where the file is of another model, config or weights, or of a newer format, and OSError where it is damaged.
@@ -200,8 +200,9 @@ def samples(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def check_same_model(path, model: PreTrainedModel, about: dict, kept: dict[str, torch.Tensor]) -> None:
-    if about["model_type"] != model.config.model_type:
-        raise ValueError(f"{path} is a state of a {about['model_type']}, not of a {model.config.model_type}.")
+    of = about.get("model_type", "training run")
+    if of != model.config.model_type:
+        raise ValueError(f"{path} is a state of a {of}, not of a {model.config.model_type}.")
     fields = fields_of(model.config)
     other = [name for name in sorted(fields | about["config"]) if fields.get(name) != about["config"].get(name)]
     if other:

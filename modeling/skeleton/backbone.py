@@ -115,6 +115,11 @@ class Backbone(ArchPreTrainedModel):
         check_inputs(self.config, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
         if self.training:
             watch_training_buffers(self)
+            if self.gradient_checkpointing and past_key_values is not None:
+                raise ValueError(
+                    "Gradient checkpointing runs a layer twice, which would update past_key_values twice. Train without "
+                    "one of them: a segment's memory is bounded without checkpointing, too."
+                )
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         # Masks first: transformers and we look for packed documents only where there is no cache, not even an empty one
         masks = self.make_masks(hidden_states, attention_mask, past_key_values, position_ids, **kwargs)
