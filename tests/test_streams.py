@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 import hf_arch
+from hf_arch.states import pack
 from hf_arch.streams import Memory, Segments, StatefulTrainer, collate_segments
 from promises import DECODERS, EXACT, ROWS, Case, some_tokens
 
@@ -38,7 +39,7 @@ def test_every_token_follows_once_in_its_own_place():
     data = Segments([{"input_ids": document} for document in documents], SEGMENT, 3)
     found = []
     for row in range(3):
-        place = None
+        place, text = None, []
         for index in range(row, len(data), 3):
             item = data[index]
             if item["position_ids"][0]:  # the segment goes on where the last one of the row ended
@@ -73,7 +74,7 @@ def test_segments_with_a_memory_are_one_long_text(bounded_case, training):
         )
         found += losses[batch["shift_labels"].flatten() != -100].tolist()
         mean = losses.sum() / (batch["shift_labels"] != -100).sum()
-        assert_close(outputs.loss, mean, **EXACT)
+        assert_close(outputs.loss, mean.float())  # transformers' loss is float32
         assert memory.cache.get_seq_length() == memory.seen.shape[1] <= 80 + 2 * SEGMENT
     expected = []
     for document in documents:
@@ -109,20 +110,19 @@ def curve(trainer, key: str = "loss") -> list[float]:
 
 
 def test_a_resumed_run_is_the_run_that_was_not_interrupted(bounded_case, tmp_path):
-    """With dropout, accumulation over two batches, and evaluation in between, which leaves the memory alone."""
+    """With dropout, accumulation over two batches, and evaluation in between."""
 
     def build():
         return bounded_case.build(torch.float32, hidden_dropout=0.1, initializer_range=0.08)
 
     options = {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 4}
-    evaluated = make_trainer(tmp_path / "evaluated", build(), eval_strategy="steps", eval_steps=1, **options)
-    evaluated.train()
+    options |= {"eval_strategy": "steps", "eval_steps": 2}
     whole = make_trainer(tmp_path / "whole", build(), **options)
     whole.train()
-    assert curve(evaluated) == curve(whole) and len(curve(whole)) == 6
     resumed = make_trainer(tmp_path / "resumed", build(), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
-    assert curve(resumed) == curve(whole)
+    assert curve(resumed) == curve(whole) and len(curve(whole)) == 6
+    assert curve(resumed, "eval_loss") == curve(whole, "eval_loss")
     assert_close(resumed.model.state_dict(), whole.model.state_dict(), atol=0, rtol=0)
 
     (tmp_path / "whole" / "checkpoint-4" / "memory-0.safetensors").unlink()
@@ -130,20 +130,24 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(bounded_case, tmp_pat
         make_trainer(tmp_path / "other", build(), **options).train(str(tmp_path / "whole" / "checkpoint-4"))
 
 
-def test_evaluation_is_that_of_whole_texts(bounded_case, tmp_path):
+def test_evaluation_is_that_of_whole_texts_and_leaves_the_training_memory_alone(bounded_case, tmp_path):
     model = bounded_case.build()
-    trainer = make_trainer(tmp_path, model)
+    trainer = make_trainer(tmp_path, model, max_steps=3, learning_rate=0.0)
+    trainer.train()
+    before, _ = pack(trainer.memories[True].cache)
+    before = {name: tensor.clone() for name, tensor in before.items()}
     whole = torch.tensor([document[:22] for document in texts() if len(document) > 21])
-    assert len(whole) == 5  # and a stream that is filled up
-    with torch.no_grad():
-        expected = model(whole, labels=whole).loss
-    rows = Segments(whole.tolist()[:3], SEGMENT, 3)
+    assert len(whole) == 5  # some streams of the evaluation are filled up
     with torch.no_grad():
         expected = model(whole[:3], labels=whole[:3]).loss
+    rows = Segments(whole.tolist()[:3], SEGMENT, 3)
     for _ in range(2):
-        assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(expected.item(), rel=1e-9)
-    assert trainer.evaluate()["eval_loss"] > 0
+        assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(expected.item(), rel=1e-6)
+        assert trainer.evaluate()["eval_loss"] > 0
     assert trainer.predict(rows).predictions.shape == (9, SEGMENT, 96)
+    after, _ = pack(trainer.memories[True].cache)
+    assert before and trainer.memories[True].cache.get_seq_length() == 3 * SEGMENT
+    assert_close(after, before, atol=0, rtol=0)
 
 
 def test_gradients_flow_within_a_segment_and_stop_at_its_start(bounded_case):
@@ -168,25 +172,24 @@ def test_gradients_flow_within_a_segment_and_stop_at_its_start(bounded_case):
 
 
 def key_texts(count: int) -> list[list[int]]:
-    """A key token, and after each marker the key once more, in a later segment."""
+    """A key token, and it once more after a marker at the start of each later segment."""
     draw = torch.Generator().manual_seed(0)
     keys = torch.randint(10, 18, (count,), generator=draw).tolist()
     return [[key, 3, 4, 5, 6, 3, 4] + [7, key, 4, 5, 6, 3, 4] * 3 + [7] for key in keys]
 
 
 def test_a_memory_learns_what_lies_beyond_a_segment(tmp_path):
-    """A guess among eight keys once in seven tokens costs ln(8) / 7 = 0.30 nats."""
+    """A guess among eight keys once in seven tokens, in three of four segments, costs 3/4 ln(8) / 7 = 0.22 nats."""
     case = next(case for case in BOUNDED if case.row.name == "retnet")
     losses = {}
     for kind in ("with", "without"):
-        model = case.build(torch.float32, initializer_range=0.05)
-        trainer = make_trainer(tmp_path, model, rows=8, documents=key_texts(480), max_steps=240, learning_rate=5e-3)
+        options = {"max_steps": 160, "learning_rate": 1e-2, "logging_steps": 20}
+        trainer = make_trainer(tmp_path, case.build(torch.float32), rows=8, documents=key_texts(320), **options)
         if kind == "without":  # each batch is taken for the start of a text
             trainer.data_collator = lambda rows: collate_segments(rows) | {"position_ids": torch.arange(7).repeat(8, 1)}
         trainer.train()
-        losses[kind] = sum(curve(trainer)[-20:]) / 20
-    print(losses)
-    assert losses["with"] < 0.1 < 0.2 < losses["without"]
+        losses[kind] = curve(trainer)[-1]
+    assert losses["with"] < 0.5 * losses["without"] and 0.2 < losses["without"] < 0.26
 
 
 def test_adapters_train_on_streams(tmp_path):

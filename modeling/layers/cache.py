@@ -165,6 +165,11 @@ class GrowingCacheLayer(DynamicLayer):
         self.front = self.keys
         return self.keys, self.values
 
+    def crop(self, tokens_to_remove: int) -> None:
+        ours = self.front is self.keys
+        super().crop(tokens_to_remove)
+        self.front = self.keys if ours else None  # the store still begins with what is left
+
 
 def with_room(held: torch.Tensor, length: int) -> torch.Tensor:
     """A tensor of `length` along the second dimension from the end that begins with `held`."""
