@@ -11,7 +11,12 @@ from hf_arch.states import fork, load_state, save_state
 register()
 register_targets()
 
-LATER = {"Segments": "streams", "StatefulTrainer": "streams"}  # transformers' Trainer takes seconds to import
+LATER = {  # transformers' Trainer and collators take seconds to import
+    "ContrastiveCollator": "collators",
+    "Segments": "streams",
+    "StatefulTrainer": "streams",
+    "WholeWordMaskCollator": "collators",
+}
 
 
 def __getattr__(name: str):
@@ -23,8 +28,10 @@ def __getattr__(name: str):
 __all__ = [
     "ARCHITECTURES",
     "Architecture",
+    "ContrastiveCollator",
     "Segments",
     "StatefulTrainer",
+    "WholeWordMaskCollator",
     "convert",
     "export",
     "find",

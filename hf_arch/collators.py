@@ -1,10 +1,40 @@
 """Batches for objectives that transformers has no collator for. Packing is `transformers.DataCollatorWithFlattening`,
-masked and whole-word masked language modelling `transformers.DataCollatorForLanguageModeling`."""
+masked language modelling `transformers.DataCollatorForLanguageModeling`."""
 
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
+
+
+@dataclass
+class WholeWordMaskCollator(DataCollatorForLanguageModeling):
+    """transformers' masking of whole words, which takes only texts of one length, for texts of any length.
+
+    Items are made by `tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)`. A word is what
+    stands between gaps in the text. Give a Trainer `remove_unused_columns=False`: it would drop the offsets.
+    """
+
+    whole_word_mask: bool = True
+    mask_replace_prob: float = 1.0  # transformers replaces whole words by the mask alone
+    random_replace_prob: float = 0.0
+
+    def torch_call(self, examples: list[dict]) -> dict[str, torch.Tensor]:
+        if lacking := {"offset_mapping", "special_tokens_mask"} - set(examples[0]):
+            raise ValueError(
+                f"Items lack {', '.join(sorted(lacking))}: tokenize with return_offsets_mapping=True and "
+                "return_special_tokens_mask=True, and keep them by remove_unused_columns=False."
+            )
+        longest = max(len(example["input_ids"]) for example in examples)
+        longest += -longest % (self.pad_to_multiple_of or 1)
+        return super().torch_call([self.padded(dict(example), longest) for example in examples])
+
+    def padded(self, example: dict, length: int) -> dict:
+        """The item with as many offsets as its row of the batch will have tokens."""
+        offsets = [tuple(pair) for pair in example["offset_mapping"]]
+        more = [(0, 0)] * (length - len(offsets))
+        left = self.tokenizer.padding_side == "left"
+        return example | {"offset_mapping": more + offsets if left else offsets + more}
 
 
 @dataclass
@@ -38,10 +68,9 @@ class ContrastiveCollator:
                 "needs a query and a positive, and all a negative or none; remove_unused_columns=False keeps the texts."
             )
         texts = [[item[column]] if isinstance(item[column], str) else item[column] for item in items]
-        if len({len(of_item) for of_item in texts}) > 1:
-            raise ValueError(
-                f"Items have {sorted({len(of_item) for of_item in texts})} texts as {column!r}: make it one number."
-            )
+        counts = {len(of_item) for of_item in texts}
+        if len(counts) > 1:
+            raise ValueError(f"Items have {sorted(counts)} texts as {column!r}: make it one number.")
         prefix = (self.prefixes or {}).get(column, "")
         told = self.tokenizer(
             [prefix + text for of_item in texts for text in of_item],

@@ -1,12 +1,14 @@
 """Batches: transformers' own collators do what they say with every row, ours add what they lack."""
 
+import copy
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch.testing import assert_close
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithFlattening, PreTrainedTokenizerFast
 
-from hf_arch.collators import ContrastiveCollator
+from hf_arch.collators import ContrastiveCollator, WholeWordMaskCollator
 from promises import EXACT, some_tokens
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -38,26 +40,34 @@ def test_flattened_documents_are_apart(decoder):
     assert_close(outputs.loss, expected)
 
 
-@pytest.mark.parametrize("whole_words", [False, True])
-def test_masked_tokens_are_named(encoder, tokenizer, whole_words):
-    collate = DataCollatorForLanguageModeling(
-        tokenizer, whole_word_mask=whole_words, mlm_probability=0.4, mask_replace_prob=1, random_replace_prob=0, seed=0
-    )
+MASKING = {"mlm_probability": 0.4, "mask_replace_prob": 1.0, "random_replace_prob": 0.0, "seed": 0}
+
+
+@pytest.mark.parametrize("kind", [DataCollatorForLanguageModeling, WholeWordMaskCollator])
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_masked_tokens_are_named(encoder, tokenizer, kind, side):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = side
+    whole_words = kind is WholeWordMaskCollator
     asked = {"return_special_tokens_mask": True, "return_offsets_mapping": whole_words}
-    rows = [tokenizer(text, **asked) for text in TEXTS * 4]
-    batch = dict(collate([dict(row) for row in rows]))
+    batch = kind(tokenizer, **MASKING, pad_to_multiple_of=4)([tokenizer(text, **asked) for text in TEXTS * 4])
     masked = batch["labels"] != -100
-    assert 0 < masked.sum() < masked.numel() / 2
+    assert batch["input_ids"].shape == (12, 12) and 0 < masked.sum() < masked.numel() / 2
     assert (batch["input_ids"][masked] == tokenizer.mask_token_id).all()
     assert not masked[batch["attention_mask"] == 0].any()
     ends = torch.tensor([number for number, piece in enumerate(SPECIAL + WORDS) if piece.startswith("##")])
     originals = torch.where(masked, batch["labels"], batch["input_ids"])
     split = torch.isin(originals[:, 1:], ends) & (masked[:, 1:] != masked[:, :-1])
     assert bool(split.any()) != whole_words  # a word is hidden whole, or not at all
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
-    outputs = encoder(**inputs)
+    outputs = encoder(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")})
     expected = torch.nn.functional.cross_entropy(outputs.logits[masked], batch["labels"][masked])
     assert_close(outputs.loss, expected.float())
+
+
+def test_words_without_their_places_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="lack offset_mapping, special_tokens_mask"):
+        WholeWordMaskCollator(tokenizer)([tokenizer(TEXTS[0])])
 
 
 def test_pairs_and_triplets_of_texts(tokenizer):

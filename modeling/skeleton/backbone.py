@@ -117,8 +117,8 @@ class Backbone(ArchPreTrainedModel):
             watch_training_buffers(self)
             if self.gradient_checkpointing and past_key_values is not None:
                 raise ValueError(
-                    "Gradient checkpointing runs a layer twice, which would update past_key_values twice: train without "
-                    "it. Shorter segments need less memory, too."
+                    "Gradient checkpointing runs layers twice, which would update past_key_values twice. Train without "
+                    "it; shorter segments save memory, too."
                 )
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         # Masks first: transformers and we look for packed documents only where there is no cache, not even an empty one
