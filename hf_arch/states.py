@@ -119,6 +119,11 @@ def pack_layer(layer) -> tuple[dict[str, torch.Tensor], dict]:
     """(tensors, {kind, arguments of its class, plain attributes}) of one layer of a cache, whatever its class."""
     if layer_kinds().get(type(layer).__name__) is not type(layer):
         raise TypeError(f"A cache with a {type(layer).__name__} cannot be kept. Take a DynamicCache or a StaticCache.")
+    nested = {name for name, value in vars(layer).items() if isinstance(value, dict | list)} - {"states", "past"}
+    if nested:
+        raise TypeError(
+            f"A {type(layer).__name__} holds {', '.join(sorted(nested))}, of which a file would know nothing."
+        )
     held = {name: value for name, value in vars(layer).items() if isinstance(value, torch.Tensor)}
     for derived in ("front", "_sliding_window_tensor"):
         held.pop(derived, None)
@@ -162,7 +167,7 @@ def unpack_layer(tensors: dict[str, torch.Tensor], told: dict):
     if states:
         layer.states = states
     vars(layer).update({name: tensor for name, tensor in tensors.items() if not name.startswith("states.")})
-    if layer.keys is not None:
+    if getattr(layer, "keys", None) is not None:
         layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
     if layer.is_compileable:
         for tensor in tensors.values():

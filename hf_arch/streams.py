@@ -176,14 +176,14 @@ class StatefulTrainer(Trainer):
 
     def _get_dataloader(self, dataset, description, batch_size, sampler_fn=None, **options):
         rows = batch_size * self.args.world_size
-        if isinstance(dataset, Segments) and dataset.rows != rows:
+        if not isinstance(dataset, Segments):
+            raise TypeError(f"{description}: a StatefulTrainer takes hf_arch.Segments, not a {type(dataset).__name__}.")
+        if dataset.rows != rows:
             raise ValueError(
                 f"{description}: Segments(..., rows={dataset.rows}), but a batch has {batch_size} rows in each of "
                 f"{self.args.world_size} processes: give rows={rows}."
             )
-        if isinstance(dataset, Segments):
-            sampler_fn = SequentialSampler
-        return super()._get_dataloader(dataset, description, batch_size, sampler_fn, **options)
+        return super()._get_dataloader(dataset, description, batch_size, SequentialSampler, **options)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         memory = self.memories[model.training]

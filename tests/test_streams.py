@@ -210,6 +210,9 @@ def test_what_cannot_work_is_refused(row_case, tmp_path):
     trainer.train_dataset = Segments(texts(), SEGMENT, 5)
     with pytest.raises(ValueError, match=r"rows=5.*give rows=2"):
         trainer.train()
+    trainer.train_dataset = [{"input_ids": [5, 6]}]
+    with pytest.raises(TypeError, match=r"takes hf_arch.Segments, not a list"):
+        trainer.train()
     if row_case not in BOUNDED:
         with pytest.raises(ValueError, match="remembers everything"):
             make_trainer(tmp_path, row_case.build(torch.float32)).train()

@@ -17,6 +17,7 @@ class RecurrentCacheLayer(CacheLayerMixin):
 
     _layer_type = "recurrent"  # DynamicCache(config=...) builds one for each such entry of config.layer_types
     supports_early_init = False
+    is_croppable = True
 
     def __init__(self, **kwargs):
         super().__init__()
@@ -26,6 +27,7 @@ class RecurrentCacheLayer(CacheLayerMixin):
         self.past: list[tuple[int, dict[str, torch.Tensor]]] = []  # length and states before each call
 
     def write(self, new_tokens: int, **states: torch.Tensor) -> None:
+        """The states after `new_tokens` more, all at once: one write for each call of the model."""
         if self.record_past:
             self.past.append((self.cumulative_length, dict(self.states)))
         self.states.update(states)
@@ -104,6 +106,7 @@ class StaticRecurrentCacheLayer(RecurrentCacheLayer):
 
     _layer_type = None  # the name belongs to the class above; the entry below is the static one
     is_compileable = True
+    is_croppable = False
 
     def __init__(self, max_cache_len: int | None = None, **kwargs):
         super().__init__(**kwargs)
