@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -51,6 +52,7 @@ def save_state(past_key_values: Cache, path: str | Path, model: PreTrainedModel)
         "config": fields_of(model.config),
         "dtype": str(model.dtype).removeprefix("torch."),
         "length": int(past_key_values.get_seq_length()),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "cache": description,
     }
     write(path, tensors, about)
