@@ -94,14 +94,14 @@ class Memory:
 
     def __init__(self):
         self.cache: Cache | None = None
-        self.seen = torch.ones(0, 0, dtype=torch.long)  # [rows, columns]
+        self.seen = torch.ones(0, 0, dtype=torch.bool)  # [rows, columns]
 
     def tell(self, inputs: dict[str, torch.Tensor], model: nn.Module) -> dict:
         """A batch with what its rows have read before. Rows whose positions start at 0 have read nothing."""
         tokens, positions = inputs["input_ids"], inputs.get("position_ids")
         real = inputs.get("attention_mask")
-        real = torch.ones_like(tokens) if real is None else real.long()
-        start = torch.ones_like(tokens[:, 0]).bool() if positions is None else positions[:, 0] == 0
+        real = torch.ones_like(tokens, dtype=torch.bool) if real is None else real.bool()
+        start = torch.ones_like(real[:, 0]) if positions is None else positions[:, 0] == 0
         if start.all():
             self.cache, self.seen = empty_memory(model), real[:, :0]
         elif self.cache is None or len(self.seen) != len(tokens):
@@ -119,11 +119,11 @@ class Memory:
     def forget(self, rows: torch.Tensor) -> None:
         """Rows [batch] that start anew: they no longer see what is there, and recurrences lose their states. Columns
         that no row sees are counted no longer, beyond those that a window holds."""
-        self.seen = self.seen.masked_fill(rows[:, None], 0)
+        self.seen = self.seen & ~rows[:, None]
         for layer in self.cache.layers:
             if hasattr(layer, "forget"):
                 layer.forget(rows)
-        unseen = int((self.seen.cummax(dim=1).values.amax(dim=0) == 0).sum())
+        unseen = int((self.seen.any(dim=0).cumsum(0) == 0).sum())
         held = max(0, *(layer.get_max_length() for layer in self.cache.layers))
         unseen = max(0, min(unseen, self.seen.shape[1] - held))
         self.seen = self.seen[:, unseen:]

@@ -48,6 +48,7 @@ class RecurrentCacheLayer(CacheLayerMixin):
         return self.cumulative_length + query_length, 0
 
     def get_max_length(self) -> int:
+        """How many columns of what was read a mask has to tell of; a state has none."""
         return -1
 
     def reset(self) -> None:
