@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 from transformers import CompileConfig, DynamicCache
 
+from hybrid_toy import FULL, WINDOWED
 from promises import DECODERS, EXACT, ROWS
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
@@ -78,9 +79,11 @@ def test_a_padded_prompt_is_read_in_chunks(decoder, half_padded, size):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("case", [*DECODERS, *FULL], ids=str)
 @pytest.mark.parametrize("helper", ["prompt", "itself", "another"])
-def test_assisted_decoding_names_the_same_tokens(decoder_case, decoder, tokens, helper):
+def test_assisted_decoding_names_the_same_tokens(case, tokens, helper):
     """Candidates of a helper are all right, or wrong at some place: states go back to where they were right."""
+    decoder = case.build()
     prompt = torch.cat((tokens[:1, :20], tokens[:1, :20]), dim=1)
     options = GREEDY | {"max_new_tokens": 14}
     expected = decoder.generate(prompt, **options)
@@ -107,12 +110,11 @@ def nearly(decoder):
 
 @torch.no_grad()
 def test_assisted_decoding_that_cannot_go_back_is_refused(tokens):
-    decoder = next(case for case in ROWS if case.row.name == "retnet").build()
-    decoder.config.layer_types = ["recurrent", "sliding_attention"]
-    with pytest.raises(ValueError, match="cannot: generate without assistant_model"):
-        decoder.generate(tokens[:1], prompt_lookup_num_tokens=3, max_new_tokens=3)
-    cache = DynamicCache(config=next(case for case in ROWS if case.row.name == "retnet").config())
-    cache.layers[0].write(5, state=torch.ones(1, 2))
+    decoder = WINDOWED.build()
+    for helper in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": decoder}):
+        with pytest.raises(ValueError, match="cannot: generate without assistant_model"):
+            decoder.generate(tokens[:1], **helper, max_new_tokens=3)
+    cache = decoder(tokens, use_cache=True).past_key_values
     with pytest.raises(RuntimeError, match="activate_past_recording"):
         cache.crop(-2)
 

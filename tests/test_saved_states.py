@@ -9,11 +9,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.testing import assert_close
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+from transformers.cache_utils import Fp8QuantizedLayer, LinearAttentionLayer
 
 import hf_arch
-from promises import EXACT, ROWS
+from hybrid_toy import FULL, WINDOWED
+from promises import DECODERS, EXACT, ROWS
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+
+
+@pytest.fixture(params=[*DECODERS, WINDOWED, FULL[0]], ids=str)
+def decoder(request):
+    return request.param.build()
 
 
 def read_text(model, tokens, static: bool = False):
@@ -161,6 +168,20 @@ def test_states_of_others_and_damaged_files_are_refused(row_case, tokens, tmp_pa
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="no state"):
         hf_arch.load_state(path, model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "kind, message", [(LinearAttentionLayer, "conv_states"), (Fp8QuantizedLayer, "cannot be kept")]
+)
+def test_layers_that_a_file_would_not_know_whole_are_refused(tokens, tmp_path, kind, message):
+    model = ROWS[0].build()
+    cache = DynamicCache()
+    model(tokens, past_key_values=cache)
+    cache.layers[1] = kind()
+    with pytest.raises(TypeError, match=message):
+        hf_arch.save_state(cache, tmp_path / "state", model)
+    assert not list(tmp_path.iterdir())
 
 
 @torch.no_grad()
