@@ -29,6 +29,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from hf_arch.modeling.skeleton import heads, loss
+from hf_arch.streams import Segments, StatefulTrainer
 from promises import DECODERS, EXACT, ROWS, Case, some_tokens
 from training_buffer_toy import ToyConfig, ToyForCausalLM, buffers
 
@@ -199,11 +200,8 @@ def retnet() -> nn.Module:
     return next(case for case in ROWS if case.row.name == "retnet").build()
 
 
-def make_trainer(folder: Path, model: nn.Module, batch_size: int, **options) -> Trainer:
-    """Rows of which unequal parts are asked for, so that a mean of the processes' means would show."""
-    ids = some_tokens(32, 12).remainder(32)
-    labels = torch.where(torch.arange(12) < torch.arange(32)[:, None] % 8, -100, ids)
-    arguments = TrainingArguments(
+def arguments(folder: Path, batch_size: int, **options) -> TrainingArguments:
+    return TrainingArguments(
         output_dir=str(folder),
         max_steps=4,
         save_steps=2,
@@ -215,15 +213,27 @@ def make_trainer(folder: Path, model: nn.Module, batch_size: int, **options) -> 
         disable_tqdm=True,
         **options,
     )
+
+
+def make_trainer(folder: Path, model: nn.Module, **options) -> Trainer:
+    """Rows of which unequal parts are asked for, so that a mean of the processes' means would show."""
+    ids = some_tokens(32, 12).remainder(32)
+    labels = torch.where(torch.arange(12) < torch.arange(32)[:, None] % 8, -100, ids)
     rows = [{"input_ids": row, "labels": label} for row, label in zip(ids, labels, strict=True)]
-    return Trainer(model=model, args=arguments, train_dataset=rows)
+    return Trainer(model=model, args=arguments(folder, **options), train_dataset=rows)
 
 
-def trainer(build: Callable[[], nn.Module], folder: Path) -> None:
+def make_stateful(folder: Path, model: nn.Module, **options) -> StatefulTrainer:
+    """Texts of unequal lengths, as four streams."""
+    texts = [some_tokens(1, 9 + 7 * (number % 5), seed=number)[0].remainder(32).tolist() for number in range(12)]
+    return StatefulTrainer(model, arguments(folder, **options), train_dataset=Segments(texts, 6, rows=4))
+
+
+def trainer(build: Callable[[], nn.Module], make: Callable, folder: Path) -> None:
     """The result is kept, for a process without company to compare with."""
-    folder = folder / f"trainer-{build.__name__}"
+    folder = folder / f"{make.__name__}-{build.__name__}"
     options = {"batch_size": 2, "ddp_backend": "gloo", "ddp_find_unused_parameters": False}
-    trained, resumed = make_trainer(folder, build(), **options), make_trainer(folder / "resumed", build(), **options)
+    trained, resumed = make(folder, build(), **options), make(folder / "resumed", build(), **options)
     trained.train()
     assert isinstance(trained.model_wrapped, DistributedDataParallel)
     assert_equal_everywhere(trained.model.state_dict())
@@ -233,6 +243,7 @@ def trainer(build: Callable[[], nn.Module], folder: Path) -> None:
 
 
 CHECKS = (data_parallel, fully_sharded, fully_sharded_by_transformers, tensor_parallel)
+TRAINERS = ((toy, make_trainer), (retnet, make_trainer), (retnet, make_stateful))
 CHUNKED = (fully_sharded, tensor_parallel)
 
 
@@ -258,7 +269,8 @@ def main(folder: Path, names: list[str]) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=patience)
     cases = [case for case in CASES if str(case) in names]
     tasks = [(str(case), check, (case, folder / f"{case}-{check.__name__}")) for case in cases for check in CHECKS]
-    tasks += [("toy", training_buffers, ()), ("toy", trainer, (toy, folder)), ("retnet", trainer, (retnet, folder))]
+    tasks += [("toy", training_buffers, ())]
+    tasks += [(f"{make.__name__} of {build.__name__}", trainer, (build, make, folder)) for build, make in TRAINERS]
     tasks += [(f"{check.__name__} in chunks", in_chunks, (check, CASES[0], folder / "chunks")) for check in CHUNKED]
     report: dict[str, dict[str, str]] = {}
     for name, check, args in tasks:

@@ -1,10 +1,13 @@
 """Promise 5: generate() gives what the model's own forward says, by every cache and strategy, in bounded memory."""
 
+import copy
+
 import pytest
 import torch
 from torch.testing import assert_close
 from transformers import CompileConfig, DynamicCache
 
+from hybrid_toy import FULL, WINDOWED
 from promises import DECODERS, EXACT, ROWS
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
@@ -64,6 +67,56 @@ def test_a_prompt_is_read_in_chunks_and_a_cache_goes_on(decoder, tokens):
     cache = DynamicCache(config=decoder.config)
     first = decoder.generate(tokens, past_key_values=cache, **(GREEDY | {"max_new_tokens": 3}))
     assert torch.equal(decoder.generate(first, past_key_values=cache, **(GREEDY | {"max_new_tokens": 3})), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1, 7, 70])
+def test_a_padded_prompt_is_read_in_chunks(decoder, half_padded, size):
+    expected = decoder.generate(**half_padded, **GREEDY)
+    for cache in ({}, {"cache_implementation": "static"}):
+        found = decoder.generate(**half_padded, **GREEDY, **cache, prefill_chunk_size=size)
+        assert torch.equal(found, expected), cache
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", [*DECODERS, *FULL], ids=str)
+@pytest.mark.parametrize("helper", ["prompt", "itself", "another"])
+def test_assisted_decoding_names_the_same_tokens(case, tokens, helper):
+    """Candidates of a helper are all right, or wrong at some place: states go back to where they were right."""
+    decoder = case.build()
+    prompt = torch.cat((tokens[:1, :20], tokens[:1, :20]), dim=1)
+    options = GREEDY | {"max_new_tokens": 14}
+    expected = decoder.generate(prompt, **options)
+    if helper == "prompt":
+        options |= {"prompt_lookup_num_tokens": 4}
+    elif helper == "itself":
+        options |= {"assistant_model": decoder}
+    else:
+        options |= {"assistant_model": nearly(decoder)}
+    found = decoder.generate(prompt, **options, return_dict_in_generate=True)
+    assert torch.equal(found.sequences, expected)
+    given = {"inputs": expected, "attention_mask": torch.ones_like(expected)}  # what was named may be the pad token
+    going_on = decoder.generate(**given, past_key_values=found.past_key_values, **GREEDY)
+    assert torch.equal(going_on, decoder.generate(**given, **GREEDY))
+
+
+def nearly(decoder):
+    """A model that mostly, not always, names the same tokens."""
+    other = copy.deepcopy(decoder)
+    for parameter in other.parameters():
+        parameter.add_(0.1 * parameter.std() * torch.randn(parameter.shape, dtype=parameter.dtype))
+    return other
+
+
+@torch.no_grad()
+def test_assisted_decoding_that_cannot_go_back_is_refused(tokens):
+    decoder = WINDOWED.build()
+    for helper in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": decoder}):
+        with pytest.raises(ValueError, match="cannot: generate without assistant_model"):
+            decoder.generate(tokens[:1], **helper, max_new_tokens=3)
+    cache = decoder(tokens, use_cache=True).past_key_values
+    with pytest.raises(RuntimeError, match="activate_past_recording"):
+        cache.crop(-2)
 
 
 @torch.no_grad()

@@ -116,6 +116,11 @@ class Backbone(ArchPreTrainedModel):
         check_inputs(self.config, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
         if self.training:
             watch_training_buffers(self)
+            if self.gradient_checkpointing and past_key_values is not None:
+                raise ValueError(
+                    "Gradient checkpointing runs layers twice, which would update past_key_values twice. Train without "
+                    "it; shorter segments save memory, too."
+                )
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         # Masks first: transformers and we look for packed documents only where there is no cache, not even an empty one
         masks = self.make_masks(hidden_states, attention_mask, past_key_values, position_ids, **kwargs)
@@ -155,12 +160,12 @@ class Backbone(ArchPreTrainedModel):
         if isinstance(attention_mask, dict):
             return attention_mask
         told = {"attention_mask": attention_mask, "past_key_values": past_key_values, "position_ids": position_ids}
-        makers, kinds = MASKS | self.masks, dict.fromkeys(self.config.layer_types)
-        masks = {
-            kind: makers[kind](config=self.config, inputs_embeds=inputs_embeds, **told, **context) for kind in kinds
-        }
+        makers, masks = MASKS | self.masks, {}
+        kinds = {kind: self.config.layer_types.index(kind) for kind in dict.fromkeys(self.config.layer_types)}
+        for kind, layer_idx in kinds.items():
+            given = {"config": self.config, "inputs_embeds": inputs_embeds, "layer_idx": layer_idx}
+            masks[kind] = makers[kind](**given, **told, **context)
         if self.embed_positions.biased:
-            for kind in kinds:
-                layer_idx = self.config.layer_types.index(kind)
+            for kind, layer_idx in kinds.items():
                 masks[f"{kind}_key_positions"] = key_positions(inputs_embeds, layer_idx, **told)
         return masks

@@ -5,13 +5,13 @@ from typing import ClassVar, Unpack
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache
+from transformers.generation import GenerationMixin, GenerationMode
 from transformers.modeling_outputs import MaskedLMOutput, MoeCausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from ..layers.cache import growing
+from ..layers.cache import RecurrentCacheLayer, growing
 from .backbone import Backbone
 from .config import ArchConfig
 from .loss import LOGITS_AT_ONCE, chunked_cross_entropy
@@ -93,13 +93,53 @@ class CausalLM(Head, GenerationMixin):
             router_logits=outputs.router_logits,
         )
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args):
         """generate() makes the cache; its layers are ours where transformers' would copy everything at every step."""
+        if generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant:
+            self.check_can_go_back()
         given = model_kwargs.get("past_key_values")
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args)
         made = model_kwargs.get("past_key_values")
         if given is None and generation_config.cache_implementation in (None, "dynamic") and made is not None:
             growing(made)
+
+    def check_can_go_back(self) -> None:
+        """Assisted decoding drops tokens that were read. A recurrence does it by going back to before the last call, a
+        window cannot go back so far."""
+        kinds = [DYNAMIC_LAYER_TYPE_MAPPING[kind] for kind in dict.fromkeys(self.config.layer_types)]
+        recurrent = any(issubclass(kind, RecurrentCacheLayer) for kind in kinds)
+        if recurrent and any(getattr(kind, "is_sliding", False) for kind in kinds):
+            raise ValueError(
+                f"Assisted decoding has to go back in the text, and {self.config.model_type} with layers "
+                f"{', '.join(dict.fromkeys(self.config.layer_types))} cannot: generate without assistant_model and "
+                "prompt_lookup_num_tokens."
+            )
+
+    def prepare_inputs_for_generation(
+        self, input_ids, next_sequence_length=None, past_key_values=None, attention_mask=None, *args, **kwargs
+    ):
+        if next_sequence_length is not None and past_key_values is not None:
+            told = {"attention_mask": attention_mask, "position_ids": kwargs.get("position_ids")}
+            self.read_again(input_ids[:, :-next_sequence_length], past_key_values, **told)
+        given = (input_ids, next_sequence_length, past_key_values, attention_mask)
+        return super().prepare_inputs_for_generation(*given, *args, **kwargs)
+
+    def read_again(self, input_ids, past_key_values, attention_mask, position_ids) -> None:
+        """In assisted decoding a recurrence goes back to before the last call: read from there what was accepted."""
+        layers = getattr(past_key_values, "layers", [])
+        if not any(isinstance(layer, RecurrentCacheLayer) and layer.record_past and not layer.past for layer in layers):
+            return
+        seen = min(layer.get_seq_length() for layer in layers)
+        for layer in layers:
+            layer.crop(seen - layer.get_seq_length())
+        length = input_ids.shape[1]
+        if seen < length:
+            self.model(
+                input_ids[:, seen:],
+                attention_mask=None if attention_mask is None else attention_mask[:, :length],
+                position_ids=None if position_ids is None else position_ids[:, seen:length],
+                past_key_values=past_key_values,
+            )
 
     def create_masks_for_generate(
         self, config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
