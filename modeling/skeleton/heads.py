@@ -116,13 +116,21 @@ class CausalLM(Head, GenerationMixin):
             )
 
     def prepare_inputs_for_generation(
-        self, input_ids, next_sequence_length=None, past_key_values=None, attention_mask=None, *args, **kwargs
+        self,
+        input_ids,
+        next_sequence_length=None,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        is_first_iteration=False,
+        **kwargs,
     ):
+        """generate() takes embeddings where they are named here."""
         if next_sequence_length is not None and past_key_values is not None:
             told = {"attention_mask": attention_mask, "position_ids": kwargs.get("position_ids")}
             self.read_again(input_ids[:, :-next_sequence_length], past_key_values, **told)
-        given = (input_ids, next_sequence_length, past_key_values, attention_mask)
-        return super().prepare_inputs_for_generation(*given, *args, **kwargs)
+        given = (input_ids, next_sequence_length, past_key_values, attention_mask, inputs_embeds, is_first_iteration)
+        return super().prepare_inputs_for_generation(*given, **kwargs)
 
     def read_again(self, input_ids, past_key_values, attention_mask, position_ids) -> None:
         """In assisted decoding a recurrence goes back to before the last call: read from there what was accepted."""
