@@ -38,7 +38,7 @@ def lora_config(model_or_config: PreTrainedModel | PreTrainedConfig, **overrides
     """A `peft.LoraConfig` with the architecture's default targets, its stacked expert weights, and the head's task.
 
     `overrides` are fields of LoraConfig (`r`, `lora_alpha`, `target_modules`, ...). Raises ValueError for a model that
-    is not of hf_arch. Example: `get_peft_model(model, hf_arch.lora_config(model, r=16))`.
+    is not of hf_arch, and for dropout on experts. Example: `get_peft_model(model, hf_arch.lora_config(model, r=16))`.
     """
     config = getattr(model_or_config, "config", model_or_config)
     row = find(config.model_type)
@@ -47,6 +47,11 @@ def lora_config(model_or_config: PreTrainedModel | PreTrainedConfig, **overrides
         with torch.device("meta"):
             model = row.load("Model")(config)
     fields = {"target_modules": targets(row), "target_parameters": stacked_experts(model) or None}
+    if overrides.get("lora_dropout") and (fields | overrides)["target_parameters"]:
+        raise ValueError(
+            "Adapters of stacked experts take no dropout: leave lora_dropout at 0, or the experts as they are with "
+            "target_parameters=None."
+        )
     fields["task_type"] = TASKS.get(type(model).__name__.removeprefix(row.prefix))
     return LoraConfig(**(fields | overrides))
 

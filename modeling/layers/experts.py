@@ -81,9 +81,10 @@ def sorted_experts_forward(
 ) -> torch.Tensor:
     """As `Experts.forward`: choices are sorted by expert once, so that each expert takes its own from one piece.
 
-    On a GPU, and where torch compiles, transformers' grouped products do the same without asking how many there are.
+    On a GPU, and where torch compiles, transformers' grouped products do the same without asking how many each has.
     """
-    if tokens.device.type != "cpu" or torch.compiler.is_compiling():
+    known_to_kernel = tokens.device.type != "cpu" and tokens.dtype != torch.float64
+    if known_to_kernel or torch.compiler.is_compiling():
         return grouped_mm_experts_forward(self, tokens, index, weight)
     choices = index.flatten()
     order = choices.argsort()
