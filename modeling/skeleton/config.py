@@ -164,6 +164,8 @@ class ArchConfig(PreTrainedConfig):
         experts = self.num_local_experts
         if self.has_experts and experts is None:
             raise ValueError("Feed-forwards of type sparse need num_local_experts: how many experts they have.")
+        if self.output_router_logits and not self.has_experts:
+            raise ValueError("output_router_logits asks for routers, but no feed-forward is sparse.")
         if experts is None:
             return
         if not self.has_experts:

@@ -13,6 +13,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 from ..layers.cache import growing
 from .backbone import Backbone
+from .checks import check_checkpointing
 from .config import ArchConfig
 from .loss import LOGITS_AT_ONCE, chunked_cross_entropy, load_balancing, share_of_batch
 from .pretrained import ArchPreTrainedModel
@@ -72,6 +73,8 @@ class CausalLM(Head, GenerationMixin):
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
+        if output_router_logits and torch.is_grad_enabled():
+            check_checkpointing(self.model.layers)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
