@@ -14,6 +14,7 @@ class ArchMixtralConfig(AttentionConfig):
 
     model_type = "hf_arch_mixtral"
     base_model_ep_plan = EXPERT_PARALLEL
+    default_theta = 1000000.0
 
     num_local_experts: int | None = 8
 
