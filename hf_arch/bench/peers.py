@@ -33,10 +33,7 @@ LLAMA = {"config": "LlamaConfig", "model": "LlamaForCausalLM"}
 MIXTRAL = {"config": "MixtralConfig", "model": "MixtralForCausalLM"}
 # Its default, and the loop over experts; its batched products copy the weights of an expert for each token that takes
 # it, which is bearable for few tokens
-EXPERTS = {
-    name: {"fields": {"experts_implementation": name, "num_key_value_heads": 4}}
-    for name in ("grouped_mm", "eager", "batched_mm")
-}
+EXPERTS = {name: {"fields": {"experts_implementation": name}} for name in ("grouped_mm", "eager", "batched_mm")}
 
 PEERS = (
     Peer("llama", "transformer", "hugging_face:Transformers", LLAMA),
