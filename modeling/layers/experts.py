@@ -67,7 +67,9 @@ class Experts(nn.Module):
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         """[tokens, 2 * inner size] -> [tokens, inner size]; every implementation calls it by this name."""
         gate, up = gate_up.chunk(2, dim=-1)
-        return self.act_fn(gate).mul_(up)
+        activated = self.act_fn(gate)
+        # In place saves memory traffic; under autograd it would spoil the backward of relu, which keeps its answer
+        return activated * up if torch.is_grad_enabled() else activated.mul_(up)
 
     def forward(self, tokens: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """tokens [tokens, size], index and weight [tokens, choices] -> [tokens, size]"""
