@@ -83,6 +83,18 @@ ARCHITECTURES = (
         paper="arXiv:2307.08621",
         lora_targets=("q_proj", "k_proj", "v_proj", "g_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     ),
+    Architecture(
+        "mixtral",
+        "ArchMixtral",
+        family="moe",
+        title="Mixtral",
+        paper="arXiv:2401.04088",
+        tiny={"num_key_value_heads": 2, "num_local_experts": 4},
+        exceptions={
+            "bounded state": "Full attention looks at every earlier key: the cache, and a step, grow with the text.",
+            "linear cost": "Full attention compares all pairs of tokens.",
+        },
+    ),
 )
 
 

@@ -35,7 +35,10 @@ from training_buffer_toy import ToyConfig, ToyForCausalLM, buffers
 
 CASES = [*ROWS, *(case for case in DECODERS if case.variant in ("t5", "shared"))]
 CASES.append(Case(ROWS[0].row, "ForCausalLM", "tied", {"tie_word_embeddings": True, "attention_bias": True}))
-SPLIT = {"colwise": 0, "colwise_gather_output": 0, "embedding_rowwise": 0, "rowwise": 1}  # dimension of the weight
+# The dimension of the weight that each style splits; other styles hook a module and split nothing
+SPLIT = {"colwise": -2, "colwise_gather_output": -2, "packed_colwise": -2, "embedding_rowwise": -2, "rowwise": -1}
+SPLIT |= {"grouped_gemm": 0}
+HOOKS = ("moe_tp_experts", "ep_dispatch_experts")
 
 
 def share(batch: torch.Tensor) -> torch.Tensor:
@@ -133,9 +136,8 @@ def fully_sharded_by_transformers(case: Case, folder: Path) -> None:
 
 def assert_split(model: nn.Module, plan: dict[str, str]) -> None:
     """Every rule of the plan names some weights, of which a process holds the half that the rule says."""
-    assert [rule for rule in plan if rule.endswith("down_proj")]
-    for rule, style in plan.items():
-        named = re.compile(re.escape(rule).replace(r"\*", r"\d+") + r"\.weight").fullmatch
+    for rule, style in ((rule, style) for rule, style in plan.items() if style not in HOOKS):
+        named = re.compile(re.escape(rule).replace(r"\*", r"\d+") + r"(\.weight)?").fullmatch
         weights = {name: weight for name, weight in model.named_parameters(remove_duplicate=False) if named(name)}
         assert weights, f"{rule} names nothing"
         for name, weight in weights.items():
@@ -148,6 +150,7 @@ def tensor_parallel(case: Case, folder: Path) -> None:
     ids = some_tokens()
     reference, logits = single(case, ids)
     model = loaded(case, folder, tp_size=dist.get_world_size()).train()
+    assert [rule for rule in model.tp_plan if rule.endswith("down_proj")]
     assert_split(model, model.tp_plan)
     assert_close(learn(model, ids), logits, **EXACT)
     assert_gradients(model, reference)
@@ -157,6 +160,44 @@ def tensor_parallel(case: Case, folder: Path) -> None:
     dist.barrier()
     again = case.row.load(case.head).from_pretrained(folder / "again", dtype=torch.float64)
     assert_close(again.state_dict(), reference.state_dict(), atol=0, rtol=0)
+
+
+def assert_experts_dealt_out(model: nn.Module) -> None:
+    """Every process holds whole experts, its share of them."""
+    assert_split(model, model.ep_plan)
+    for layer in model.model.layers:
+        assert layer.feed_forward.experts.num_experts == model.config.num_local_experts // dist.get_world_size()
+
+
+def expert_parallel(case: Case, folder: Path) -> None:
+    """Attention split, experts dealt out, one batch."""
+    if not case.config().has_experts:
+        return
+    ids, size = some_tokens(), dist.get_world_size()
+    reference, logits = single(case, ids)
+    model = loaded(case, folder, tp_size=size, ep_size=size).train()
+    assert_split(model, {rule: style for rule, style in model.tp_plan.items() if ".experts" not in rule})
+    assert_experts_dealt_out(model)
+    assert_close(learn(model, ids), logits, **EXACT)
+    assert_gradients(model, reference)
+    answer = model.eval().generate(ids, max_new_tokens=6, do_sample=False)
+    assert_close(answer, reference.eval().generate(ids, max_new_tokens=6, do_sample=False))
+    model.save_pretrained(folder / "again")
+    dist.barrier()
+    again = case.row.load(case.head).from_pretrained(folder / "again", dtype=torch.float64)
+    assert_close(again.state_dict(), reference.state_dict(), atol=0, rtol=0)
+
+
+def expert_and_data_parallel(case: Case, folder: Path) -> None:
+    """Experts dealt out, each process with a batch of its own."""
+    if not case.config().has_experts:
+        return
+    ids, size = some_tokens(batch=4), dist.get_world_size()
+    reference, logits = single(case, ids)
+    model = loaded(case, folder, fsdp_size=size, ep_size=size).train()
+    assert_experts_dealt_out(model)
+    assert_close(learn(model, share(ids)), share(logits), **EXACT)
+    assert_gradients(model, reference)
 
 
 def toy() -> nn.Module:
@@ -242,7 +283,8 @@ def trainer(build: Callable[[], nn.Module], make: Callable, folder: Path) -> Non
     trained.save_model(str(folder / "joint"))
 
 
-CHECKS = (data_parallel, fully_sharded, fully_sharded_by_transformers, tensor_parallel)
+CHECKS = (data_parallel, fully_sharded, fully_sharded_by_transformers, tensor_parallel, expert_parallel)
+CHECKS += (expert_and_data_parallel,)
 TRAINERS = ((toy, make_trainer), (retnet, make_trainer), (retnet, make_stateful))
 CHUNKED = (fully_sharded, tensor_parallel)
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from hf_arch.modeling.layers.attention import Attention
+from hf_arch.modeling.layers.experts import SparseFeedForward
 from hf_arch.modeling.layers.feed_forward import MLP
 from hf_arch.modeling.layers.mixer import Mixer
 from hf_arch.modeling.skeleton.backbone import Backbone
@@ -78,6 +79,20 @@ def feed_forward(module: MLP, span: Span) -> Cost:
     """An exponential for each number that a smooth activation (silu, gelu, tanh, ...) is applied to."""
     smooth = 0 if isinstance(module.act_fn, nn.ReLU) else module.up_proj.out_features
     return projections(module, span) + Cost(exponentials=smooth * span.tokens)
+
+
+@cost.register
+def experts(module: SparseFeedForward, span: Span) -> Cost:
+    """Each token's own experts; of their weights, as many as so few tokens can ask for."""
+    made, router = module.experts, module.router
+    chosen = router.top_k * span.tokens
+    of_one = made.gate_up_proj[0].numel() + made.down_proj[0].numel()
+    smooth = 0 if isinstance(made.act_fn, nn.ReLU) else made.down_proj.shape[-1]
+    return cost(router, span) + Cost(
+        operations=2 * of_one * chosen,
+        exponentials=smooth * chosen,
+        numbers=of_one * min(chosen, made.num_experts),
+    )
 
 
 @cost.register

@@ -30,10 +30,23 @@ class Peer:
 
 
 LLAMA = {"config": "LlamaConfig", "model": "LlamaForCausalLM"}
+MIXTRAL = {"config": "MixtralConfig", "model": "MixtralForCausalLM"}
+# Its default, and the loop over experts; its batched products copy the weights of an expert for each token that takes
+# it, which is bearable for few tokens
+EXPERTS = {name: {"fields": {"experts_implementation": name}} for name in ("grouped_mm", "eager", "batched_mm")}
 
 PEERS = (
     Peer("llama", "transformer", "hugging_face:Transformers", LLAMA),
     Peer("llama_static", "transformer", "hugging_face:StaticTransformers", LLAMA, measures=DECODE),
+    Peer("mixtral_grouped_mm", "mixtral", "hugging_face:Transformers", MIXTRAL | EXPERTS["grouped_mm"]),
+    Peer("mixtral_eager", "mixtral", "hugging_face:Transformers", MIXTRAL | EXPERTS["eager"]),
+    Peer(
+        "mixtral_batched_mm",
+        "mixtral",
+        "hugging_face:Transformers",
+        MIXTRAL | EXPERTS["batched_mm"],
+        measures=DECODE,
+    ),
     Peer(
         "torchscale",
         "retnet",

@@ -14,6 +14,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..layers.cache import growing
+from ..layers.experts import SparseFeedForward
 from ..layers.feed_forward import MLP, GatedMLP
 from ..layers.mixer import Mixer
 from ..layers.positions import NoPositions
@@ -51,7 +52,11 @@ class Backbone(ArchPreTrainedModel):
     """An architecture names the classes that fill the slots; dicts are keyed by the types in the config."""
 
     mixers: ClassVar[dict[str, type[Mixer]]]
-    feed_forwards: ClassVar[dict[str, type[nn.Module] | None]] = {"gated": GatedMLP, "dense": MLP}
+    feed_forwards: ClassVar[dict[str, type[nn.Module] | None]] = {
+        "gated": GatedMLP,
+        "dense": MLP,
+        "sparse": SparseFeedForward,
+    }
     residual: ClassVar[type[Residual]] = PreNorm
     views: ClassVar[dict[str, type[View]]] = {}
     positions: ClassVar[type[nn.Module]] = NoPositions

@@ -33,6 +33,35 @@ class Rule:
         return list(zip(map(match.expand, self.targets), pieces, strict=True))
 
 
+class Stack:
+    """Matrices of single experts become one tensor for all, [experts, out, in].
+
+    `pattern` matches their whole names, with three groups: what all have in common, the number of the expert, and which
+    of `parts` a matrix is. Those of one expert are joined by rows, in the order of `parts`; what comes of all is named
+    `target`, where \\1 stands for what they have in common.
+    """
+
+    def __init__(self, pattern: str, target: str, parts: tuple[str, ...]):
+        self.pattern, self.target, self.parts = re.compile(pattern), target, parts
+
+    def apply(self, tensors: Tensors) -> Tensors:
+        """All tensors, with those that match replaced. Raises ValueError where an expert lacks a part."""
+        left, found = {}, {}
+        for name, tensor in tensors.items():
+            if match := self.pattern.fullmatch(name):
+                found.setdefault(match.expand(self.target), {})[int(match[2]), match[3]] = tensor
+            else:
+                left[name] = tensor
+        for target, matrices in found.items():
+            experts = range(max(number for number, _ in matrices) + 1)
+            if absent := {(number, part) for number in experts for part in self.parts} - matrices.keys():
+                number, part = min(absent)
+                raise ValueError(f"The checkpoint does not fit.\n{target} lacks {part} of expert {number}.")
+            rows = (torch.cat([matrices[number, part] for part in self.parts]) for number in experts)
+            left[target] = torch.stack(list(rows))
+        return left
+
+
 @dataclass(frozen=True)
 class Conversion:
     """How the checkpoints of one original are read.
@@ -42,6 +71,7 @@ class Conversion:
     config: the fields of their config.json -> those of ours; raises ValueError for what ours cannot be.
     rules: the first that matches a tensor's name holds.
     prepare: (tensors, fields) -> tensors, where names differ by age, or a tensor is shared or absent by design.
+    stacks: matrices of experts that are one tensor in ours, put together before the rules.
     original: (folder, fields, tensors, head) -> the original's own model, a callable on ids that answers with logits or
         hidden states; by default transformers' class of the head.
     """
@@ -53,6 +83,7 @@ class Conversion:
     default_head: str = "Model"
     mark: str | None = None
     prepare: Callable[[Tensors, Fields], Tensors] = lambda tensors, fields: tensors
+    stacks: tuple[Stack, ...] = ()
     original: Callable[[Path, Fields, Tensors, str], Callable] | None = None
 
     def takes(self, fields: Fields) -> bool:
@@ -74,7 +105,10 @@ class Conversion:
         wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
         bare = model.base_model is model
         state, origin, misfits, faults = {}, {}, set(), Faults()
-        for source, tensor in self.prepare(tensors, fields).items():
+        tensors = self.prepare(tensors, fields)
+        for stack in self.stacks:
+            tensors = stack.apply(tensors)
+        for source, tensor in tensors.items():
             rule, match = next(((r, m) for r in self.rules if (m := r.pattern.fullmatch(source))), (None, None))
             if rule is None:
                 faults.add("tensors that no rule knows", source)

@@ -13,8 +13,9 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 from ..layers.cache import RecurrentCacheLayer, growing
 from .backbone import Backbone
+from .checks import check_checkpointing
 from .config import ArchConfig
-from .loss import LOGITS_AT_ONCE, chunked_cross_entropy
+from .loss import LOGITS_AT_ONCE, chunked_cross_entropy, load_balancing, share_of_batch
 from .pretrained import ArchPreTrainedModel
 
 
@@ -59,13 +60,21 @@ class CausalLM(Head, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         token_type_ids: torch.LongTensor | None = None,
+        output_router_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeCausalLMOutputWithPast:
         """
         labels (`torch.LongTensor` [batch, length], *optional*):
             The tokens themselves (they are shifted here), -100 where nothing is asked. In training, when all logits
             would be more than 2^24 numbers, the loss is made without them and `logits` is None.
+        output_router_logits (`bool`, *optional*):
+            Whether to answer with the logits of the routers and with `aux_loss`, which keeps experts equally busy and
+            is added to the loss, times `config.router_aux_loss_coef`. By default as the config says.
         """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        if output_router_logits and torch.is_grad_enabled():
+            check_checkpointing(self.model.layers)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -74,6 +83,7 @@ class CausalLM(Head, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             token_type_ids=token_type_ids,
+            output_router_logits=output_router_logits,
             **kwargs,
         )
         hidden_states, loss, logits = outputs.last_hidden_state, None, None
@@ -84,14 +94,26 @@ class CausalLM(Head, GenerationMixin):
             logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
             if labels is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        aux_loss = self.balance(outputs.router_logits, attention_mask) if outputs.router_logits else None
+        if loss is not None and aux_loss is not None:
+            loss = loss + self.config.router_aux_loss_coef * share_of_batch(labels, **kwargs) * aux_loss
         return MoeCausalLMOutputWithPast(
             loss=loss,
+            aux_loss=aux_loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
+
+    def balance(self, router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """The loss that keeps experts equally busy, over the real tokens of this call."""
+        real = None
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            length = router_logits[0].shape[0] // attention_mask.shape[0]
+            real = attention_mask[:, -length:].flatten().bool()
+        return load_balancing(router_logits, self.config.num_experts_per_tok, real)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args):
         """generate() makes the cache; its layers are ours where transformers' would copy everything at every step."""

@@ -63,6 +63,7 @@ class Transformers(HuggingFace):
     """A class of transformers: `config` and `model` are their names, `fields` what its config is told beside sizes."""
 
     def build(self, fields, config, model, **options):
+        fields = {"num_key_value_heads": fields["num_attention_heads"]} | fields  # Mixtral's default is 8, whatever
         made = getattr(self.transformers, config)(**(fields | options.get("fields", {})))
         return getattr(self.transformers, model)(made)
 
