@@ -13,6 +13,7 @@ AUTO_CLASSES = {
     "ForSequenceClassification": "AutoModelForSequenceClassification",
     "ForTokenClassification": "AutoModelForTokenClassification",
     "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+    "ForMultipleChoice": "AutoModelForMultipleChoice",
 }
 
 DECODER = ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
@@ -82,6 +83,16 @@ ARCHITECTURES = (
         title="RetNet",
         paper="arXiv:2307.08621",
         lora_targets=("q_proj", "k_proj", "v_proj", "g_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    ),
+    Architecture(
+        "hat",
+        "ArchHat",
+        family="hierarchical",
+        title="HAT",
+        paper="arXiv:2210.05529",
+        heads=("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice"),
+        lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"),
+        tiny={"num_hidden_layers": 3, "layer_types": ["level_0", "level_1", "level_0"], "segment_lengths": [16]},
     ),
 )
 

@@ -104,7 +104,7 @@ class ArchConfig(PreTrainedConfig):
             raise ValueError(f"hidden_act {self.hidden_act!r} is unknown; there are {', '.join(sorted(ACT2FN))}.")
         for name, kinds in (("layer_types", self.layer_kinds), ("feed_forward_types", self.feed_forward_kinds)):
             types = getattr(self, name)
-            if len(types) != self.num_hidden_layers:
-                raise ValueError(f"{name} has {len(types)} entries for {self.num_hidden_layers} layers.")
             if unknown := sorted(set(types) - set(kinds)):
                 raise ValueError(f"{name} has {', '.join(unknown)}; {self.model_type} knows {', '.join(kinds)}.")
+            if len(types) != self.num_hidden_layers:
+                raise ValueError(f"{name} has {len(types)} entries for {self.num_hidden_layers} layers.")

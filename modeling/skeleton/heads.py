@@ -128,7 +128,7 @@ class MaskedLM(Head):
     _tied_weights_keys = {"lm_head.decoder.weight": "model.embed_tokens.weight"}
 
     def add_head(self, config):
-        if config.pooling != "first":
+        if config.pooling == "last":
             raise ValueError("A masked token is read from both sides: this model is causal. Take ForCausalLM.")
         self.lm_head = MaskedLMHead(config, self.model.make_norm())
 
