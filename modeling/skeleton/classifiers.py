@@ -57,10 +57,10 @@ class TextHead(Head):
 
     poolers: ClassVar[dict[str, type[nn.Module]]] = {"last": LastToken, "first": FirstToken, "document": Document}
 
-    def add_pooler(self, config: ArchConfig, scores: int) -> None:
+    def add_scores(self, config: ArchConfig, count: int, bias: bool = True) -> None:
         self.pooler = self.poolers[config.pooling](config)
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.score = nn.Linear(config.hidden_size, scores)
+        self.score = nn.Linear(config.hidden_size, count, bias=bias)
 
     def scores(self, outputs: ModelOutput, input_ids, attention_mask) -> torch.Tensor:
         """[batch, scores]"""
@@ -75,7 +75,7 @@ class SequenceClassification(TextHead):
 
     def add_head(self, config):
         self.num_labels = config.num_labels
-        self.add_pooler(config, config.num_labels)
+        self.add_scores(config, config.num_labels)
 
     @can_return_tuple
     def forward(
@@ -107,7 +107,7 @@ class MultipleChoice(TextHead):
     """A head that chooses among texts: all arguments are [batch, choices, length], labels [batch]."""
 
     def add_head(self, config):
-        self.add_pooler(config, 1)
+        self.add_scores(config, 1, bias=False)  # what all choices have in common chooses none
 
     @can_return_tuple
     def forward(

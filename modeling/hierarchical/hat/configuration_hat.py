@@ -38,8 +38,6 @@ class ArchHatConfig(ArchConfig):
     max_position_embeddings: int = 4096
     hidden_act: str = "gelu"
     norm_eps: float = 1e-5
-    hidden_dropout: float | int = 0.1
-    attention_dropout: float | int = 0.1
     attention_bias: bool = True
     mlp_bias: bool = True
     embedding_norm: bool = True
