@@ -124,9 +124,7 @@ class ArchHatModel(Backbone):
         check_segment_inputs(tokens, attention_mask, segment_starts)
         documents = number_documents(self.config, tokens, attention_mask, position_ids=position_ids)
         text = find_segments(tokens, documents, segment_starts, self.config.level_lengths)
-        masks = {
-            kind: self.mask_of(level) for kind, level in zip(self.config.layer_kinds, text.levels, strict=True)
-        }
+        masks = {kind: self.mask_of(level) for kind, level in zip(self.config.layer_kinds, text.levels, strict=True)}
         told = {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids, "return_dict": True}
         outputs = super().forward(input_ids, masks, text.places, **told, **kwargs)
         real, leaders = text.leaders.real, text.leaders.unpack(outputs.last_hidden_state)
@@ -137,7 +135,9 @@ class ArchHatModel(Backbone):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             segment_embeddings=leaders,
-            segment_mask=torch.ones(leaders.shape[:2], dtype=torch.bool, device=leaders.device) if real is None else real,
+            segment_mask=torch.ones(leaders.shape[:2], dtype=torch.bool, device=leaders.device)
+            if real is None
+            else real,
         )
 
     def mask_of(self, segments: Unpacked | EvenlyUnpacked) -> LevelMask:
