@@ -82,5 +82,6 @@ def check_members(members: int, lengths: Sequence[int]) -> None:
     if members > lengths[-1]:
         what = "tokens" if len(lengths) == 1 else f"segments of level {len(lengths) - 2}"
         raise ValueError(
-            f"A document has {members} {what}, and the model places for {lengths[-1]} (max_position_embeddings): cut it."
+            f"A document has {members} {what}, and the model places for {lengths[-1]} (max_position_embeddings): "
+            "cut the text."
         )

@@ -1,9 +1,10 @@
-"""Checkpoints of the original HAT (kiddothe2b/hierarchical-transformer-base-4096), and warm starts from BERT and RoBERTa.
+"""Checkpoints of the original HAT (kiddothe2b/hierarchical-transformer-base-4096), and warm starts from text encoders.
 
 A warm start is the paper's (section 3.3): layers inside segments are those of the text encoder, one across segments is
 a copy of the one before it, and the table of positions is cut to what a segment holds.
 """
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -85,7 +86,7 @@ def warm_config(original: type, first_position: Callable[[Fields], int]) -> Call
         kinds = [f"level_{level}" for level in range(len(lengths) + 1)]
         layers = layer_types or default_layers(shared["num_hidden_layers"], kinds)
         known = shared["max_position_embeddings"] - first_position(fields)
-        longest = max_position_embeddings or (4096 if lengths else known)
+        longest = max_position_embeddings or (32 * math.prod(lengths) if lengths else known)
         sizes = {"num_hidden_layers": len(layers), "max_position_embeddings": longest}
         return shared | sizes | {"layer_types": layers, "segment_lengths": lengths}
 

@@ -33,7 +33,7 @@ class LevelMask(NamedTuple):
 
 
 class LevelTables(NamedTuple):
-    """A vector for each place in a segment, per level: parameters, so that checkpointed layers find them in backward."""
+    """A vector per place in a segment, of each level: parameters, so that checkpointed layers find them in backward."""
 
     tables: tuple[torch.Tensor, ...]
 
@@ -127,17 +127,17 @@ class ArchHatModel(Backbone):
         masks = {kind: self.mask_of(level) for kind, level in zip(self.config.layer_kinds, text.levels, strict=True)}
         told = {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids, "return_dict": True}
         outputs = super().forward(input_ids, masks, text.places, **told, **kwargs)
-        real, leaders = text.leaders.real, text.leaders.unpack(outputs.last_hidden_state)
-        hidden = leaders if real is None else leaders.masked_fill(~real[..., None], torch.finfo(leaders.dtype).min)
+        leaders, real = text.leaders.unpack(outputs.last_hidden_state), text.leaders.real
+        if real is None:
+            real = torch.ones(leaders.shape[:2], dtype=torch.bool, device=leaders.device)
+        lowest = torch.finfo(leaders.dtype).min
         return SegmentedOutput(
             last_hidden_state=outputs.last_hidden_state,
-            pooler_output=hidden.amax(dim=1),
+            pooler_output=leaders.masked_fill(~real[..., None], lowest).amax(dim=1),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             segment_embeddings=leaders,
-            segment_mask=torch.ones(leaders.shape[:2], dtype=torch.bool, device=leaders.device)
-            if real is None
-            else real,
+            segment_mask=real,
         )
 
     def mask_of(self, segments: Unpacked | EvenlyUnpacked) -> LevelMask:
