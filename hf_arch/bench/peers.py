@@ -35,6 +35,13 @@ PEERS = (
     Peer("llama", "transformer", "hugging_face:Transformers", LLAMA),
     Peer("llama_static", "transformer", "hugging_face:StaticTransformers", LLAMA, measures=DECODE),
     Peer(
+        "longformer",
+        "hat",
+        "hugging_face:Transformers",
+        {"config": "LongformerConfig", "model": "LongformerForMaskedLM", "padding_rows": 2},
+        measures=FORWARD,
+    ),
+    Peer(
         "torchscale",
         "retnet",
         "torchscale:RetNet",

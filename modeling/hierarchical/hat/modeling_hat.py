@@ -157,7 +157,7 @@ def check_segment_inputs(tokens: torch.Tensor, attention_mask, segment_starts: t
 
 
 def with_segments(forward: Callable) -> Callable:
-    """The forward of a head that also names `segment_starts`: the Trainer hands over what is named, and nothing else."""
+    """The forward of a head, naming `segment_starts`: the Trainer hands over what is named, and nothing else."""
 
     @functools.wraps(forward)
     def with_segment_starts(
