@@ -1,5 +1,7 @@
 """HAT against its definition written slowly, and what it makes of segments of every kind."""
 
+import inspect
+
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -142,6 +144,17 @@ def test_what_cannot_be_said_of_segments():
 def test_configurations_that_cannot_be(fields, said):
     with pytest.raises(StrictDataclassError, match=said):
         ROW.tiny_config(**fields)
+
+
+def test_a_shallow_model_has_a_layer_at_each_level():
+    for depth, kinds in ((2, ["level_0", "level_1"]), (3, ["level_0", "level_0", "level_1"])):
+        assert ROW.load("Config")(num_hidden_layers=depth).layer_types == kinds
+
+
+@pytest.mark.parametrize("head", [head for head in ROW.heads if head != "Model"])
+def test_the_trainer_hands_over_what_the_processor_says(head):
+    names = inspect.signature(ROW.load(head).forward).parameters
+    assert {"input_ids", "attention_mask", "segment_starts", "labels"} <= set(names)
 
 
 def test_the_default_is_the_published_layout():

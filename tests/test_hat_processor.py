@@ -1,12 +1,16 @@
 """The processor of HAT: where segments begin, what is padded, and that it comes back with its model."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.testing import assert_close
 from transformers import AutoProcessor, DataCollatorWithPadding, PreTrainedTokenizerFast
 
-from hf_arch import find
+from hf_arch import export, find
 from promises import EXACT, Case
 
 ROW = find("hat")
@@ -80,6 +84,31 @@ def test_it_is_saved_and_loaded_with_the_model(make, tmp_path):
     assert type(loaded) is type(processor)
     assert (loaded.segmentation, loaded.segment_length, loaded.max_segments) == ("paragraph", 5, 3)
     assert loaded("a b\n\nc d e")["segment_starts"] == processor("a b\n\nc d e")["segment_starts"]
+
+
+ALONE = """
+import sys
+sys.modules["hf_arch"] = None  # any import of the package fails
+from transformers import AutoModel, AutoProcessor
+told = AutoProcessor.from_pretrained(".", trust_remote_code=True)("a b. c d e.", return_tensors="pt")
+print(told["segment_starts"].tolist(), AutoModel.from_pretrained(".", trust_remote_code=True)(**told)[1].shape)
+"""
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_an_exported_folder_brings_it_along(make, tmp_path, given):
+    processor, model = make(segmentation="sentence"), Case(ROW, "Model").build(torch.float32)
+    if not given:
+        processor.save_pretrained(tmp_path / "saved")
+        model.save_pretrained(tmp_path / "saved")
+    folder = tmp_path / "exported"
+    export(model if given else tmp_path / "saved", folder, processor if given else None)
+    assert AutoProcessor.from_pretrained(folder).segmentation == "sentence"
+    if given:
+        environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-c", ALONE]
+        run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        assert run.stdout.split("\n")[0] == "[[1, 0, 0, 0, 1, 0, 0, 0, 0]] torch.Size([1, 32])", run.stderr
 
 
 def test_long_texts_are_cut_or_refused(make):

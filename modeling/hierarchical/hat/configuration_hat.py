@@ -26,6 +26,14 @@ class ArchHatConfig(ArchConfig):
     """
 
     model_type = "hf_arch_hat"
+    base_model_tp_plan = {
+        "layers.*.mixer.q_proj": "colwise",
+        "layers.*.mixer.k_proj": "colwise",
+        "layers.*.mixer.v_proj": "colwise",
+        "layers.*.mixer.o_proj": "rowwise",
+        "layers.*.feed_forward.up_proj": "colwise",
+        "layers.*.feed_forward.down_proj": "rowwise",
+    }
     feed_forward_kinds = ("dense",)
     pooling = "document"
 
@@ -57,7 +65,8 @@ class ArchHatConfig(ArchConfig):
 
     def layer_pattern(self) -> list[str]:
         first, *others = self.layer_kinds
-        return [first] * 3 + others
+        inside = max(1, min(3, self.num_hidden_layers - len(others)))
+        return [first] * inside + others
 
     @property
     def max_segments(self) -> int:
