@@ -82,11 +82,11 @@ class SegmentedOutput(BaseModelOutputWithPoolingAndCrossAttentions):
     pooler_output [documents, size]:
         The largest of each number over a document's segments. There is a document per row, unless rows are packed.
     segment_embeddings [documents, segments, size], segment_mask [documents, segments]:
-        The leaders of level 0, zero past a document's last segment; whether there is one.
+        The leaders of level 0, zero past a document's last segment; 1 where there is one.
     """
 
     segment_embeddings: torch.FloatTensor | None = None
-    segment_mask: torch.BoolTensor | None = None
+    segment_mask: torch.LongTensor | None = None
 
 
 class ArchHatModel(Backbone):
@@ -137,7 +137,7 @@ class ArchHatModel(Backbone):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             segment_embeddings=leaders,
-            segment_mask=real,
+            segment_mask=real.long(),
         )
 
     def mask_of(self, segments: Unpacked | EvenlyUnpacked) -> LevelMask:
