@@ -126,6 +126,7 @@ class MaskedLM(Head):
     """A head that names the hidden tokens."""
 
     _tied_weights_keys = {"lm_head.decoder.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head.decoder": "colwise_gather_output"}
 
     def add_head(self, config):
         if config.pooling == "last":
