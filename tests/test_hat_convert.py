@@ -1,18 +1,21 @@
 """Checkpoints of the original HAT, and warm starts from text encoders."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from originals import BERT, scaled_up
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from slow_hat import OURS, THEIRS, slow_original
 from torch.testing import assert_close
 
 from hf_arch.convert import convert
 from promises import EXACT
 
+GOLDEN = Path(__file__).parent / "goldens" / "hat_original.safetensors"
 ROBERTA = BERT | {"max_position_embeddings": 66, "pad_token_id": 1, "type_vocab_size": 1, "layer_norm_eps": 1e-3}
 ENCODERS = {
     "roberta": ("RobertaModel", ROBERTA),
@@ -104,6 +107,21 @@ def test_the_original_layout(tmp_path):
     slow = slow_original(tensors, ORIGINAL, [segment for segment in segments if len(segment)])
     found = model.model(padded, attention_mask=mask, segment_starts=starts)
     assert_close(found[0][mask.bool()], torch.cat(slow), **EXACT)
+
+
+@torch.no_grad()
+def test_the_original_itself(tmp_path):
+    """Its padding lies within segments: real tokens and starts of segments say the same."""
+    golden = load_file(GOLDEN)
+    ids, mask, answer = (golden.pop(name) for name in ("ids", "mask", "answer"))
+    save_file(golden, tmp_path / "model.safetensors")
+    with safe_open(GOLDEN, "pt") as file:
+        (tmp_path / "config.json").write_text(file.metadata()["config"])
+    model = convert(tmp_path, "hat").double()
+    starts = (torch.arange(30) % 6 == 0).long().expand(2, -1)
+    found = model(ids, attention_mask=mask, segment_starts=starts)
+    assert_close(found[0][mask.bool()], answer[mask.bool()], **EXACT)
+    assert found.segment_mask.tolist() == [[1] * 5, [1, 1, 1, 1, 0]]
 
 
 def test_what_is_no_original(tmp_path):

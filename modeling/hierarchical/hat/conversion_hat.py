@@ -153,7 +153,7 @@ ROBERTA_HEADS = (
     Rule(r"classifier\.(?:out_proj\.)?(\w+)", r"score.\1"),
 )
 
-HAT = Conversion(
+HAT = Conversion(  # not of its ForMultipleChoice, which looks at the last segment alone
     model_type="hierarchical-transformer",
     config=hat_config,
     heads={

@@ -1,4 +1,8 @@
-"""HAT (Chalkidis et al., 2022, arXiv:2210.05529): layers inside segments, and layers across their first tokens."""
+"""HAT (Chalkidis et al., 2022, arXiv:2210.05529): layers inside segments, and layers across their first tokens.
+
+The original cuts rows at fixed columns, so that padding and segments without a token take part. Here segments are of
+real tokens: nothing rests on how texts are padded or put together, and what is not there costs nothing.
+"""
 
 import functools
 from collections.abc import Callable
