@@ -33,7 +33,7 @@ class ArchConfig(PreTrainedConfig):
     }
     layer_kinds: ClassVar[tuple[str, ...]] = ("full_attention",)  # what `layer_types` may name, the default first
     feed_forward_kinds: ClassVar[tuple[str, ...]] = ("gated", "dense")
-    pooling: ClassVar[str] = "last"  # the token that speaks for a text: the last of a decoder, the first of an encoder
+    pooling: ClassVar[str] = "last"  # what speaks for a text: a decoder's last token, an encoder's first, or "document"
 
     vocab_size: int = 32000
     hidden_size: int = 2048

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, ModelOutput
 from transformers.utils import can_return_tuple
 
 from ...layers.attention import BidirectionalAttention
@@ -131,18 +131,7 @@ class ArchHatModel(Backbone):
         masks = {kind: self.mask_of(level) for kind, level in zip(self.config.layer_kinds, text.levels, strict=True)}
         told = {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids, "return_dict": True}
         outputs = super().forward(input_ids, masks, text.places, **told, **kwargs)
-        leaders, real = text.leaders.unpack(outputs.last_hidden_state), text.leaders.real
-        if real is None:
-            real = torch.ones(leaders.shape[:2], dtype=torch.bool, device=leaders.device)
-        lowest = torch.finfo(leaders.dtype).min
-        return SegmentedOutput(
-            last_hidden_state=outputs.last_hidden_state,
-            pooler_output=leaders.masked_fill(~real[..., None], lowest).amax(dim=1),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            segment_embeddings=leaders,
-            segment_mask=real.long(),
-        )
+        return with_embeddings(outputs, text.leaders)
 
     def mask_of(self, segments: Unpacked | EvenlyUnpacked) -> LevelMask:
         """Every real member of a segment sees every other."""
@@ -151,6 +140,21 @@ class ArchHatModel(Backbone):
             return LevelMask(segments, None)
         like = torch.empty(*real.shape, 0, dtype=self.dtype, device=real.device)
         return LevelMask(segments, create_bidirectional_mask(self.config, like, real))
+
+
+def with_embeddings(outputs: ModelOutput, leaders: Unpacked | EvenlyUnpacked) -> SegmentedOutput:
+    """What the layers answered, and what it says of segments and documents."""
+    found, real = leaders.unpack(outputs.last_hidden_state), leaders.real
+    if real is None:
+        real = torch.ones(found.shape[:2], dtype=torch.bool, device=found.device)
+    return SegmentedOutput(
+        last_hidden_state=outputs.last_hidden_state,
+        pooler_output=found.masked_fill(~real[..., None], torch.finfo(found.dtype).min).amax(dim=1),
+        hidden_states=outputs.hidden_states,
+        attentions=outputs.attentions,
+        segment_embeddings=found,
+        segment_mask=real.long(),
+    )
 
 
 def check_segment_inputs(tokens: torch.Tensor, attention_mask, segment_starts: torch.Tensor | None) -> None:
