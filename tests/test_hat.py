@@ -175,4 +175,8 @@ def test_choices_are_scored_as_texts_of_their_own():
             part = slice(0, 40 if (row, choice) == (1, 2) else 70)
             told = {"segment_starts": starts[row, choice, part][None, None]}
             assert_close(model(tokens[row, choice, part][None, None], **told).logits[0, 0], found.logits[row, choice])
-    assert_close(found.loss, torch.nn.functional.cross_entropy(found.logits, torch.tensor([2, 0])))
+    expected = torch.nn.functional.cross_entropy(found.logits, torch.tensor([2, 0]))
+    assert_close(found.loss, expected)
+    told = {"labels": torch.tensor([2, 0]), "num_items_in_batch": 8}  # of all pieces of an accumulated batch
+    pieces = model(tokens, attention_mask=mask, segment_starts=starts, **told)
+    assert_close(pieces.loss, found.loss * 2 / 8)

@@ -4,6 +4,7 @@ from typing import ClassVar, Unpack
 
 import torch
 from torch import nn
+from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.modeling_outputs import (
     ModelOutput,
     MultipleChoiceModelOutput,
@@ -118,6 +119,7 @@ class MultipleChoice(TextHead):
         inputs_embeds=None,
         labels=None,
         token_type_ids=None,
+        num_items_in_batch=None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MultipleChoiceModelOutput:
         told = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
@@ -129,7 +131,7 @@ class MultipleChoice(TextHead):
         outputs = self.model(**flat)
         logits = self.scores(outputs, flat["input_ids"], flat["attention_mask"]).view(texts.shape[:2])
         return MultipleChoiceModelOutput(
-            loss=None if labels is None else nn.functional.cross_entropy(logits, labels),
+            loss=None if labels is None else fixed_cross_entropy(logits, labels, num_items_in_batch),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
