@@ -22,13 +22,14 @@ MAPPINGS = {
     "ForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     "ForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
     "ForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "ForMultipleChoice": "MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES",
 }
 
 
 class ModelTester:
     """What the mixins ask for a config, inputs and classes; they also read the fields of the config here."""
 
-    batch_size, seq_length, is_training = 13, 7, True
+    batch_size, seq_length, is_training, num_choices = 13, 7, True, 2
 
     def __init__(self, row: Architecture, heads: tuple[str, ...]):
         self.row, self.heads = row, heads
@@ -55,7 +56,8 @@ class Suite(ModelTesterMixin, TrainingTesterMixin):
 
     def setUp(self):
         self.model_tester = ModelTester(self.row, self.heads)
-        self.config_tester = ConfigTester(self, self.row.load("Config"), hidden_size=self.model_tester.hidden_size)
+        sizes = {name: getattr(self.model_tester, name) for name in ("hidden_size", "num_attention_heads")}
+        self.config_tester = ConfigTester(self, self.row.load("Config"), **sizes)
 
     @property
     def all_model_classes(self) -> tuple[type, ...]:

@@ -13,6 +13,7 @@ AUTO_CLASSES = {
     "ForSequenceClassification": "AutoModelForSequenceClassification",
     "ForTokenClassification": "AutoModelForTokenClassification",
     "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+    "ForMultipleChoice": "AutoModelForMultipleChoice",
 }
 
 DECODER = ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
@@ -41,6 +42,7 @@ class Architecture:
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     tiny: dict = field(default_factory=dict)  # fields of its tiny config, beside those that all have
     head_fields: dict[str, dict] = field(default_factory=dict)  # what a head asks of the config
+    processor: bool = False  # whether its folder has a processing_<name>.py, registered with AutoProcessor
     exceptions: dict[str, str] = field(default_factory=dict)  # promise -> the mathematical reason that it cannot hold
 
     @property
@@ -48,10 +50,11 @@ class Architecture:
         return f"hf_arch_{self.name}"
 
     def load(self, suffix: str) -> type:
-        """The class of `suffix`: "Config", "Model" or a head such as "ForCausalLM"."""
-        if suffix not in ("Config", *self.heads):
-            raise ValueError(f"{self.name} has no {suffix}; it has Config, {', '.join(self.heads)}.")
-        kind = "configuration" if suffix == "Config" else "modeling"
+        """The class of `suffix`: "Config", "Model" or a head such as "ForCausalLM", or "Processor"."""
+        suffixes = ("Config", *self.heads, *(("Processor",) if self.processor else ()))
+        if suffix not in suffixes:
+            raise ValueError(f"{self.name} has no {suffix}; it has {', '.join(suffixes)}.")
+        kind = {"Config": "configuration", "Processor": "processing"}.get(suffix, "modeling")
         module = importlib.import_module(f"hf_arch.modeling.{self.family}.{self.name}.{kind}_{self.name}")
         return getattr(module, self.prefix + suffix)
 
@@ -95,6 +98,17 @@ ARCHITECTURES = (
             "linear cost": "Full attention compares all pairs of tokens.",
         },
     ),
+    Architecture(
+        "hat",
+        "ArchHat",
+        family="hierarchical",
+        title="HAT",
+        paper="arXiv:2210.05529",
+        heads=("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice"),
+        lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"),
+        tiny={"num_hidden_layers": 3, "layer_types": ["level_0", "level_1", "level_0"], "segment_lengths": [16]},
+        processor=True,
+    ),
 )
 
 
@@ -119,6 +133,8 @@ def register() -> None:
         if "ForCausalLM" in row.heads:  # Trainer's label smoothing shifts the labels of the classes named here only
             names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
             names.setdefault(row.model_type, f"{row.prefix}ForCausalLM")
+        if row.processor and config not in transformers.models.auto.processing_auto.PROCESSOR_MAPPING:
+            transformers.AutoProcessor.register(config, row.load("Processor"))
         for head in row.heads:
             auto = getattr(transformers, AUTO_CLASSES[head])
             if config not in auto._model_mapping:

@@ -49,12 +49,14 @@ def convert(
     head: str | None = None,
     output: str | Path | None = None,
     verify: bool = False,
+    **choices,
 ) -> PreTrainedModel:
     """The model in `source`, in the original's layout, as `architecture` of ours, in eval.
 
     `source` is a folder or a repository of the Hub. `head` ("ForCausalLM", "Model", ...) is by default that of the
     original. With `output`, the model is also saved there, with the original's tokenizer and generation config. With
-    `verify`, its answers are first compared with those of the original library.
+    `verify`, its answers are first compared with those of the original library. `choices` are fields of our config that
+    the original leaves open: a warm start of HAT from BERT takes `segment_lengths`, `layer_types`.
 
     Raises FileNotFoundError where there is no checkpoint, OSError where it is damaged, ValueError where it is of
     another kind, does not fit, or answers otherwise; ImportError where `verify` misses the original library.
@@ -65,7 +67,10 @@ def convert(
     conversion = conversion_for(row, fields, folder)
     head = head or conversion.head_of(fields)
     model_class = row.load(head)
-    config = row.load("Config")(**conversion.config(fields))
+    if wrong := [name for name in choices if name not in conversion.choices]:
+        known = f"; it leaves open {', '.join(conversion.choices)}" if conversion.choices else ""
+        raise ValueError(f"{', '.join(wrong)} cannot be chosen: the checkpoint decides it{known}.")
+    config = row.load("Config")(**conversion.config(fields, **choices))
     config.name_or_path = str(source)
     with torch.device("meta"):
         empty = model_class(config)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_arch import ARCHITECTURES
-from promises import DECODERS, ENCODERS, HEADS, ROWS, some_tokens
+from promises import DECODERS, ENCODERS, HEADS, MODELS, ROWS, some_tokens
 
 ROW_LIMIT = 40  # seconds of processor time that all tests of a row may take: the suite has to hold many rows
 spent: Counter[str] = Counter()
@@ -55,6 +55,12 @@ def tokens() -> torch.Tensor:
 @pytest.fixture(params=ROWS, ids=str)
 def row_case(request):
     """Every causal row of the catalogue."""
+    return request.param
+
+
+@pytest.fixture(params=MODELS, ids=str)
+def model_case(request):
+    """Every row, with the head that names its tokens."""
     return request.param
 
 

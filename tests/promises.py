@@ -35,6 +35,11 @@ VARIANTS = {
     },
     "retnet": {"sparse": {"feed_forward_types": ["sparse"] * 2, "num_local_experts": 4, "num_experts_per_tok": 1}},
     "mixtral": {"sliding": {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9}},
+    "hat": {
+        "one_level": {"segment_lengths": [], "layer_types": ["level_0"] * 3},
+        "three_levels": {"segment_lengths": [5, 4], "num_hidden_layers": 5}
+        | {"layer_types": ["level_0", "level_1", "level_2", "level_1", "level_0"]},
+    },
 }
 
 
@@ -71,6 +76,9 @@ class Case:
 
 
 ROWS = [Case(row, "ForCausalLM") for row in ARCHITECTURES if "ForCausalLM" in row.heads]
+MODELS = ROWS + [
+    Case(row, "ForMaskedLM") for row in ARCHITECTURES if "ForCausalLM" not in row.heads and "ForMaskedLM" in row.heads
+]
 HEADS = [Case(row, head) for row in ARCHITECTURES for head in row.heads]
 DECODERS = [
     *ROWS,
@@ -81,11 +89,11 @@ DECODERS = [
     ),
 ]
 ENCODERS = [Case(row, "ForMaskedLM") for row in ARCHITECTURES if "ForMaskedLM" in row.heads]
+BIDIRECTIONAL = {f"bidirectional_{name}": VARIANTS["transformer"][name] for name in ("vaswani", "alibi", "t5")}
 ENCODERS += [
-    Case(case.row, case.head, f"bidirectional_{name}", VARIANTS["transformer"][name])
+    Case(case.row, case.head, name, fields)
     for case in ENCODERS
-    for name in ("vaswani", "alibi", "t5")
-    if case.row.name == "transformer"
+    for name, fields in (BIDIRECTIONAL if "ForCausalLM" in case.row.heads else VARIANTS.get(case.row.name, {})).items()
 ]
 
 
@@ -118,6 +126,8 @@ def inputs_and_labels(case: Case, model: nn.Module) -> dict[str, torch.Tensor]:
         return {"input_ids": tokens, "start_positions": torch.tensor([3, 9]), "end_positions": torch.tensor([5, 60])}
     if case.head == "ForSequenceClassification":
         return {"input_ids": tokens, "labels": torch.tensor([0, 1])}
+    if case.head == "ForMultipleChoice":
+        return {"input_ids": some_tokens(4).view(2, 2, -1), "labels": torch.tensor([0, 1])}
     if case.head == "ForTokenClassification":
         return {"input_ids": tokens, "labels": tokens % 2}
     return {"input_ids": tokens} if case.head == "Model" else {"input_ids": tokens, "labels": tokens}

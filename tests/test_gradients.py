@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from promises import EXACT, held_choices, inputs_and_labels
+from promises import DECODERS, ENCODERS, EXACT, held_choices, inputs_and_labels
 
 
 def gradients(model, inputs):
@@ -20,19 +20,23 @@ def test_every_parameter_gets_a_gradient(head_case):
     assert not [name for name, parameter in model.named_parameters() if name not in found or not found[name].any()]
 
 
-def test_every_choice_gets_a_gradient(decoder, tokens):
-    found = gradients(decoder.train(), {"input_ids": tokens, "labels": tokens})
-    assert not [name for name, parameter in decoder.named_parameters() if name not in found or not found[name].any()]
+@pytest.mark.parametrize("case", [*DECODERS, *ENCODERS], ids=str)
+def test_every_choice_gets_a_gradient(case, tokens):
+    model = case.build().train()
+    found = gradients(model, {"input_ids": tokens, "labels": tokens})
+    assert not [name for name, parameter in model.named_parameters() if name not in found or not found[name].any()]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_gives_the_same_gradients(decoder, tokens, reentrant):
+@pytest.mark.parametrize("case", [*DECODERS, *ENCODERS], ids=str)
+def test_gradient_checkpointing_gives_the_same_gradients(case, tokens, reentrant):
+    model = case.build()
     inputs = {"input_ids": tokens, "labels": tokens}
-    plain = gradients(decoder.train(), inputs)
-    decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    plain = gradients(model.train(), inputs)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     if reentrant:
-        decoder.enable_input_require_grads()
-    checkpointed = gradients(decoder, inputs)
+        model.enable_input_require_grads()
+    checkpointed = gradients(model, inputs)
     assert checkpointed.keys() == plain.keys()
     for name in plain:
         assert_close(checkpointed[name], plain[name], **EXACT, msg=name)
@@ -40,18 +44,19 @@ def test_gradient_checkpointing_gives_the_same_gradients(decoder, tokens, reentr
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
-def test_low_precision_is_close_and_keeps_wide_states(row_case, tokens, dtype):
-    model = row_case.build(dtype=torch.float32, initializer_range=0.08)
+def test_low_precision_is_close_and_keeps_wide_states(model_case, tokens, dtype):
+    model = model_case.build(dtype=torch.float32, initializer_range=0.08)
+    told = {"use_cache": True} if model.can_generate() else {}
     with held_choices():
-        expected = model(tokens, use_cache=True)
+        expected = model(tokens, **told)
         with torch.autocast("cpu", dtype=dtype):
-            mixed = model(tokens, use_cache=True)
-            step = model(tokens[:, :1], past_key_values=mixed.past_key_values)
-        low = model.to(dtype)(tokens, use_cache=True)
+            mixed = model(tokens, **told)
+            step = model(tokens[:, :1], past_key_values=mixed.past_key_values) if told else mixed
+        low = model.to(dtype)(tokens, **told)
     for outputs in (mixed, low):
         assert (outputs.logits - expected.logits).std() < 0.05 * expected.logits.std()
     assert torch.isfinite(step.logits).all() and low.logits.dtype == dtype
-    for outputs in (mixed, low):
+    for outputs in (mixed, low) if told else ():
         for layer in outputs.past_key_values.layers:
             assert {state.dtype for state in getattr(layer, "states", {}).values()} <= {torch.float32}
 
@@ -74,8 +79,8 @@ def test_attention_implementations_agree_and_weights_are_recorded(decoder_case, 
             assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
 
 
-def test_compiled_equals_eager(row_case, tokens):
-    model = row_case.build()
+def test_compiled_equals_eager(model_case, tokens):
+    model = model_case.build()
     inputs = {"input_ids": tokens, "labels": tokens, "use_cache": False}
     plain = gradients(model, inputs)
     torch._dynamo.reset()

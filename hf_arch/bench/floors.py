@@ -7,6 +7,7 @@ All else (norms, rotations, gates, masks) is taken to be free, as in a perfectly
 of a model; a new mixer or feed-forward registers what it computes beside its Linear layers.
 """
 
+import math
 from dataclasses import dataclass
 from functools import singledispatch
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from hf_arch.modeling.hierarchical.hat.modeling_hat import ArchHatModel
 from hf_arch.modeling.layers.attention import Attention
 from hf_arch.modeling.layers.experts import SparseFeedForward
 from hf_arch.modeling.layers.feed_forward import MLP
@@ -72,6 +74,19 @@ def linear(module: nn.Linear, span: Span) -> Cost:
 def backbone(module: Backbone, span: Span) -> Cost:
     """Layers that share their weights are as much work as others."""
     return sum((cost(module.layers[group], span) for group in module.config.layer_groups), Cost())
+
+
+@cost.register
+def hierarchy(module: ArchHatModel, span: Span) -> Cost:
+    """Each layer reads the members of its level, a segment at a time."""
+    total = Cost()
+    for layer, kind in zip(module.layers, module.config.layer_types, strict=True):
+        level = module.config.layer_kinds.index(kind)
+        lengths = module.config.level_lengths
+        whole, rest = divmod(math.ceil(span.tokens / math.prod(lengths[:level])), lengths[level])
+        total = sum([cost(layer, Span(lengths[level]))] * whole, total)
+        total += cost(layer, Span(rest)) if rest else Cost()
+    return total
 
 
 @cost.register

@@ -48,6 +48,13 @@ PEERS = (
         measures=DECODE,
     ),
     Peer(
+        "longformer",
+        "hat",
+        "hugging_face:Transformers",
+        {"config": "LongformerConfig", "model": "LongformerForMaskedLM", "padding_rows": 2},
+        measures=FORWARD,
+    ),
+    Peer(
         "torchscale",
         "retnet",
         "torchscale:RetNet",

@@ -63,7 +63,7 @@ class ArchConfig(PreTrainedConfig):
     base_model_tp_plan = {}  # of the mixers; those of the feed-forwards in use are added
     layer_kinds: ClassVar[tuple[str, ...]] = ("full_attention",)  # what `layer_types` may name, the default first
     feed_forward_kinds: ClassVar[tuple[str, ...]] = ("gated", "dense", "sparse")
-    pooling: ClassVar[str] = "last"  # the token that speaks for a text: the last of a decoder, the first of an encoder
+    pooling: ClassVar[str] = "last"  # what speaks for a text: a decoder's last token, an encoder's first, or "document"
 
     vocab_size: int = 32000
     hidden_size: int = 2048
@@ -153,10 +153,10 @@ class ArchConfig(PreTrainedConfig):
             raise ValueError(f"hidden_act {self.hidden_act!r} is unknown; there are {', '.join(sorted(ACT2FN))}.")
         for name, kinds in (("layer_types", self.layer_kinds), ("feed_forward_types", self.feed_forward_kinds)):
             types = getattr(self, name)
-            if len(types) != self.num_hidden_layers:
-                raise ValueError(f"{name} has {len(types)} entries for {self.num_hidden_layers} layers.")
             if unknown := sorted(set(types) - set(kinds)):
                 raise ValueError(f"{name} has {', '.join(unknown)}; {self.model_type} knows {', '.join(kinds)}.")
+            if len(types) != self.num_hidden_layers:
+                raise ValueError(f"{name} has {len(types)} entries for {self.num_hidden_layers} layers.")
         self.validate_experts()
 
     def validate_experts(self):

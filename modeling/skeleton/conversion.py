@@ -15,22 +15,27 @@ Fields = dict[str, Any]  # of a config.json
 
 class Rule:
     """Tensors whose whole name matches `pattern` become `targets`, where \\1 stands for the first group; without
-    targets they are left behind.
+    targets they are left behind. A target may be a function of (match, config) that answers with names: of a tensor
+    that goes to several places, or to some that depend on our config.
 
     Targets are named as in a model with a head: `model.` begins the backbone, all else is of a head, and stays behind
-    where another head is built. `change(tensor, config)` answers with a tensor, or with one for each target.
+    where another head is built. `change(tensor, config)` answers with a tensor, or with one for each name.
     """
 
-    def __init__(self, pattern: str, *targets: str, change: Callable | None = None):
+    def __init__(self, pattern: str, *targets: str | Callable, change: Callable | None = None):
         self.pattern, self.targets, self.change = re.compile(pattern), targets, change
 
     def apply(self, match: re.Match, tensor: torch.Tensor, config) -> list[tuple[str, torch.Tensor]]:
         """Our names and tensors for a tensor whose name matched."""
-        if not self.targets:
+        names = []
+        for target in self.targets:
+            names += target(match, config) if callable(target) else [match.expand(target)]
+        if not names:
             return []
         pieces = tensor if self.change is None else self.change(tensor, config)
-        pieces = [pieces] if isinstance(pieces, torch.Tensor) else pieces
-        return list(zip(map(match.expand, self.targets), pieces, strict=True))
+        if isinstance(pieces, torch.Tensor):
+            pieces = [pieces, *(pieces.clone() for _ in names[1:])]
+        return list(zip(names, pieces, strict=True))
 
 
 class Stack:
@@ -69,6 +74,7 @@ class Conversion:
     model_type: what their config.json says; one that says nothing is known by its field `mark`.
     heads: our head for each class that `architectures` may name; `default_head` where it names none.
     config: the fields of their config.json -> those of ours; raises ValueError for what ours cannot be.
+    choices: fields of ours that the original leaves open, which `config` also takes by their names.
     rules: the first that matches a tensor's name holds.
     prepare: (tensors, fields) -> tensors, where names differ by age, or a tensor is shared or absent by design.
     stacks: matrices of experts that are one tensor in ours, put together before the rules.
@@ -82,6 +88,7 @@ class Conversion:
     rules: tuple[Rule, ...]
     default_head: str = "Model"
     mark: str | None = None
+    choices: tuple[str, ...] = ()
     prepare: Callable[[Tensors, Fields], Tensors] = lambda tensors, fields: tensors
     stacks: tuple[Stack, ...] = ()
     original: Callable[[Path, Fields, Tensors, str], Callable] | None = None

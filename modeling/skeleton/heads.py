@@ -196,9 +196,10 @@ class MaskedLM(Head):
     """A head that names the hidden tokens."""
 
     _tied_weights_keys = {"lm_head.decoder.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head.decoder": "colwise_gather_output"}
 
     def add_head(self, config):
-        if config.pooling != "first":
+        if config.pooling == "last":
             raise ValueError("A masked token is read from both sides: this model is causal. Take ForCausalLM.")
         self.lm_head = MaskedLMHead(config, self.model.make_norm())
 

@@ -60,10 +60,12 @@ class Ours(HuggingFace):
 
 
 class Transformers(HuggingFace):
-    """A class of transformers: `config` and `model` are their names, `fields` what its config is told beside sizes."""
+    """A class of transformers: `config` and `model` are their names, `fields` what its config is told beside sizes,
+    `padding_rows` how many rows of its table of positions no token takes."""
 
-    def build(self, fields, config, model, **options):
+    def build(self, fields, config, model, padding_rows=0, **options):
         fields = {"num_key_value_heads": fields["num_attention_heads"]} | fields  # Mixtral's default is 8, whatever
+        fields["max_position_embeddings"] += padding_rows
         made = getattr(self.transformers, config)(**(fields | options.get("fields", {})))
         return getattr(self.transformers, model)(made)
 
