@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from distributed_worker import CASES, CHECKS, CHUNKED, TRAINERS
+from distributed_worker import CASES, CHUNKED, TRAINERS, checks_of
 from filelock import FileLock
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -56,8 +56,9 @@ def assert_passed(folder: Path, case: str, check: str) -> None:
     assert not told, told
 
 
-@pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
-@pytest.mark.parametrize("distributed_case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "distributed_case, check", [(case, check.__name__) for case in CASES for check in checks_of(case)], ids=str
+)
 def test_two_processes_are_one(folder, distributed_case, check):
     assert_passed(folder, str(distributed_case), check)
 
