@@ -1,6 +1,6 @@
 """The Transformer (Vaswani et al., 2017, arXiv:1706.03762) and the choices that later models made in it."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.modeling_rope_utils import RopeParameters
@@ -27,6 +27,8 @@ class ArchTransformerConfig(ArchConfig):
         Of T5's bias.
     num_key_value_heads, head_dim (`int`, *optional*):
         Key and value heads that groups of query heads share (1: multi-query); the width of a head.
+    attention_scaling (`float`, *optional*):
+        What the products of queries and keys are multiplied by, head_dim^-0.5 by default; 1.0 in T5.
     sliding_window (`int`, *optional*):
         How many tokens a layer of type `"sliding_attention"` sees, itself included.
     num_hidden_groups (`int`, *optional*):
@@ -43,6 +45,11 @@ class ArchTransformerConfig(ArchConfig):
         "layers.*.mixer.o_proj": "rowwise",
     }
     layer_kinds = ("full_attention", "sliding_attention", "bidirectional_attention")
+    layer_kinds_of: ClassVar[dict[str, set[str]]] = {
+        "causal": {"full_attention", "sliding_attention"},
+        "prefix": {"full_attention"},
+        "bidirectional": {"bidirectional_attention"},
+    }
 
     direction: Literal["causal", "bidirectional", "prefix"] = "causal"
     residual_type: Literal["pre_norm", "post_norm", "deep_norm", "parallel"] = "pre_norm"
@@ -53,6 +60,7 @@ class ArchTransformerConfig(ArchConfig):
     relative_attention_max_distance: int = 128
     num_key_value_heads: int | None = None
     head_dim: int | None = None
+    attention_scaling: float | int | None = None
     sliding_window: int | None = None
     num_hidden_groups: int | None = None
 
@@ -61,9 +69,12 @@ class ArchTransformerConfig(ArchConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.direction == "bidirectional":
             self.use_cache = False
-        if self.position_type in ("alibi", "t5"):  # a bias per head does not follow the heads to their shards
-            self.base_model_tp_plan = ArchConfig.base_model_tp_plan
+        self.base_model_tp_plan = self.stack_tp_plan()
         super().__post_init__(**kwargs)
+
+    def stack_tp_plan(self) -> dict[str, str]:
+        biased = self.position_type in ("alibi", "t5")  # a bias per head does not follow the heads to their shards
+        return ArchConfig.base_model_tp_plan if biased else ArchTransformerConfig.base_model_tp_plan
 
     def layer_pattern(self) -> list[str]:
         return ["bidirectional_attention" if self.direction == "bidirectional" else "full_attention"]
@@ -79,11 +90,7 @@ class ArchTransformerConfig(ArchConfig):
 
     def validate_architecture(self):
         super().validate_architecture()
-        allowed = {
-            "causal": {"full_attention", "sliding_attention"},
-            "prefix": {"full_attention"},
-            "bidirectional": {"bidirectional_attention"},
-        }[self.direction]
+        allowed = self.layer_kinds_of[self.direction]
         if wrong := set(self.layer_types) - allowed:
             raise ValueError(
                 f"direction {self.direction!r} has layers of type {', '.join(sorted(allowed))}, not {', '.join(wrong)}."
@@ -95,6 +102,8 @@ class ArchTransformerConfig(ArchConfig):
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads {heads}."
             )
+        if self.attention_scaling is not None and self.attention_scaling <= 0:
+            raise ValueError(f"attention_scaling is {self.attention_scaling}; it must be positive.")
         rotated = (self.head_dim or self.hidden_size // self.num_attention_heads) % 2
         if self.position_type in ("rope", "xpos") and rotated:
             raise ValueError(f"position_type {self.position_type!r} turns pairs: the width of a head must be even.")
