@@ -3,9 +3,9 @@
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import CompileConfig, DynamicCache
+from transformers import CompileConfig
 
-from promises import DECODERS, EXACT, ROWS
+from promises import DECODERS, EXACT, ROWS, cache_layers_of, new_cache
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
 
@@ -44,7 +44,7 @@ def test_strategies_do_not_depend_on_the_cache(decoder, half_padded, strategy):
 @torch.no_grad()
 @pytest.mark.parametrize("case", [*ROWS, *(case for case in DECODERS if case.variant in ("sliding", "t5"))], ids=str)
 def test_a_compiled_step_is_one_graph(case, half_padded):
-    decoder = case.build()
+    decoder = case.decoder()
     expected = decoder.generate(**half_padded, **GREEDY)
     options = GREEDY | {"cache_implementation": "static"}
     torch._dynamo.reset()
@@ -61,7 +61,7 @@ def test_a_compiled_step_is_one_graph(case, half_padded):
 def test_a_prompt_is_read_in_chunks_and_a_cache_goes_on(decoder, tokens):
     expected = decoder.generate(tokens, **GREEDY)
     assert torch.equal(decoder.generate(tokens, **GREEDY, prefill_chunk_size=32), expected)
-    cache = DynamicCache(config=decoder.config)
+    cache = new_cache(decoder)
     first = decoder.generate(tokens, past_key_values=cache, **(GREEDY | {"max_new_tokens": 3}))
     assert torch.equal(decoder.generate(first, past_key_values=cache, **(GREEDY | {"max_new_tokens": 3})), expected)
 
@@ -83,9 +83,9 @@ def test_the_state_stays_as_large_as_the_paper_says(row_case, tokens):
     model = row_case.build()
 
     def numbers_held(length):
-        cache = model(tokens[:1].repeat(1, 3)[:, :length], use_cache=True).past_key_values
-        tensors = [tensor for layer in cache.layers for tensor in vars(layer).values()]
-        tensors += [tensor for layer in cache.layers for tensor in getattr(layer, "states", {}).values()]
+        layers = cache_layers_of(model(tokens[:1].repeat(1, 3)[:, :length], use_cache=True).past_key_values)
+        tensors = [tensor for layer in layers for tensor in vars(layer).values()]
+        tensors += [tensor for layer in layers for tensor in getattr(layer, "states", {}).values()]
         return sum(tensor.numel() for tensor in tensors if isinstance(tensor, torch.Tensor))
 
     with row_case.keeps("bounded state"):

@@ -7,7 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import hf_arch
-from hf_arch.lora import stacked_experts
+from hf_arch.lora import TASKS, stacked_experts
 from promises import EXACT
 
 
@@ -27,7 +27,7 @@ def test_default_targets_are_known_to_peft(row_case, tokens):
     by_us = adapted(row_case)
     names = {name for name, _ in by_us.named_parameters() if "lora_" in name}
     assert names == {name for name, _ in by_peft.named_parameters() if "lora_" in name}
-    assert by_us.peft_config["default"].task_type == "CAUSAL_LM"
+    assert by_us.peft_config["default"].task_type == TASKS[row_case.head]
     config = hf_arch.lora_config(row_case.config())
     assert set(config.target_modules) == set(row_case.row.lora_targets) and config.task_type is None
     get_peft_model(row_case.build(), IA3Config())

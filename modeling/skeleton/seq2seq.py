@@ -91,13 +91,13 @@ class EncoderDecoder(ArchPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqMoEModelOutput:
         """
+        decoder_input_ids (`torch.LongTensor` [batch, length], *optional*):
+            By default the decoder reads the source, moved one to the right, as in BART (arXiv:1910.13461).
         encoder_outputs (*optional*):
             What the encoder answered, if it was asked before; the hidden states [batch, length, size] come first.
         position_ids, decoder_position_ids (*optional*):
             Where they restart, a document begins: the n-th of the decoder attends to the n-th of the encoder.
         """
-        check_call(decoder_input_ids, decoder_inputs_embeds, past_key_values)
-        queries = decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
         if encoder_outputs is None:
             told = {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids}
             encoder_outputs = self.encoder(input_ids, attention_mask, position_ids, **told, **kwargs)
@@ -105,6 +105,10 @@ class EncoderDecoder(ArchPreTrainedModel):
             names = ("last_hidden_state", "hidden_states", "attentions")
             encoder_outputs = BaseModelOutput(**dict(zip(names, encoder_outputs, strict=False)))
         encoded = encoder_outputs["last_hidden_state"]
+        if decoder_input_ids is None and decoder_inputs_embeds is None and input_ids is not None:
+            decoder_input_ids = self.shifted(input_ids)
+        check_call(decoder_input_ids, decoder_inputs_embeds, past_key_values)
+        queries = decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
         check_source(encoded, attention_mask, queries)
         documents = None
         if past_key_values is None:
@@ -142,6 +146,11 @@ class EncoderDecoder(ArchPreTrainedModel):
             encoder_router_logits=encoder_outputs.get("router_logits"),
         )
 
+    def shifted(self, tokens: torch.LongTensor) -> torch.LongTensor:
+        """tokens [batch, length] moved one to the right, behind the start token, with padding for -100."""
+        start = torch.full_like(tokens[:, :1], self.config.decoder_start_token_id)
+        return torch.cat((start, tokens[:, :-1].masked_fill(tokens[:, :-1] == -100, self.config.pad_token_id)), dim=1)
+
 
 def embed(value: nn.Module, *stacks: Backbone) -> None:
     """Give the stacks one table of embeddings."""
@@ -156,8 +165,8 @@ def check_call(decoder_input_ids, decoder_inputs_embeds, past_key_values) -> Non
         )
     if past_key_values is not None and not isinstance(past_key_values, EncoderDecoderCache):
         raise ValueError(
-            f"past_key_values is a {type(past_key_values).__name__}, but an encoder-decoder keeps two: give none, or "
-            "EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache())."
+            f"past_key_values is a {type(past_key_values).__name__}: it is of another model, since an encoder-decoder "
+            "keeps two. Give none, or EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache())."
         )
 
 
@@ -256,9 +265,8 @@ class ConditionalGeneration(Head, GenerationMixin):
         return Seq2SeqMoEOutput(loss=loss, logits=logits, **told)
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
-        """labels [batch, length] moved one to the right, behind the start token, with padding for -100."""
-        start = torch.full_like(labels[:, :1], self.config.decoder_start_token_id)
-        return torch.cat((start, labels[:, :-1].masked_fill(labels[:, :-1] == -100, self.config.pad_token_id)), dim=1)
+        """What the decoder reads to name the labels [batch, length]."""
+        return self.model.shifted(labels)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
         """generate() makes both caches of the decoder's layer types, but neither a state nor a window can hold the

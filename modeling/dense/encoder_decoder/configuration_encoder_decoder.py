@@ -25,6 +25,7 @@ class ArchEncoderDecoderConfig(ArchTransformerConfig):
     """
 
     model_type = "hf_arch_encoder_decoder"
+    keys_to_ignore_at_inference = ["past_key_values", "encoder_last_hidden_state"]
 
     is_encoder_decoder: bool = True
     encoder_num_hidden_layers: int | None = None
