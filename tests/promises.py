@@ -99,7 +99,7 @@ class Answering(nn.Module):
             return getattr(super().__getattr__("model"), name)
 
     def source(self, batch: int, copies: int = 1) -> dict[str, torch.Tensor]:
-        told = {"input_ids": some_tokens(batch, 20, seed=9).repeat(1, copies)}
+        told = {"input_ids": some_tokens(1, 20, seed=9).repeat(batch, copies)}
         return told | {"position_ids": torch.arange(20).repeat(copies)[None].expand(batch, -1)}
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, **told):

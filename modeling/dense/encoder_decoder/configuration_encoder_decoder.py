@@ -52,6 +52,8 @@ class ArchEncoderDecoderConfig(ArchTransformerConfig):
         encoder, decoder = self.encoder_num_hidden_layers, self.num_hidden_layers
         config = copy.copy(self)
         config.is_encoder_decoder = False
+        if self.decoder_start_token_id == self.pad_token_id:
+            config.pad_token_id = None  # an embedding that is told it is padding would not learn
         config.base_model_tp_plan = self.stack_tp_plan()
         # the stacks share their embeddings, which therefore stay with the whole
         config.base_model_fsdp_plan = {key: how for key, how in ArchConfig.base_model_fsdp_plan.items() if "." in key}
