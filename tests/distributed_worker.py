@@ -29,6 +29,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from hf_arch.modeling.skeleton import heads, loss
+from hf_arch.modeling.skeleton.backbone import Backbone
 from promises import DECODERS, EXACT, ROWS, Case, some_tokens
 from training_buffer_toy import ToyConfig, ToyForCausalLM, buffers
 
@@ -43,9 +44,12 @@ def share(batch: torch.Tensor) -> torch.Tensor:
 
 def learn(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Adds to the gradients; the logits come from another pass, since a loss in chunks makes none."""
+    told = {"input_ids": ids, "use_cache": False}
+    if getattr(model, "module", model).config.is_encoder_decoder:
+        told["decoder_input_ids"] = ids
     with torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False).logits
-    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        logits = model(**told).logits
+    model(**told, labels=ids).loss.backward()
     return logits
 
 
@@ -74,17 +78,22 @@ def data_parallel(case: Case, folder: Path) -> None:
     assert_gradients(model, reference)
 
 
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """Those of its stack, or of both."""
+    return [layer for stack in model.modules() if isinstance(stack, Backbone) for layer in stack.layers]
+
+
 def by_hand(model: nn.Module) -> nn.Module:
     """Each layer by itself, then the rest."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer in model.model.layers:
+    for layer in layers_of(model):
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
 def assert_sharded(model: nn.Module) -> None:
     assert isinstance(model, FSDPModule)
-    assert {type(layer).__name__ for layer in model.model.layers} == {"FSDPLayer"}
+    assert {type(layer).__name__ for layer in layers_of(model)} == {"FSDPLayer"}
     for name, weight in model.named_parameters():
         assert isinstance(weight, DTensor), name
         rows = [len(part) for part in torch.arange(len(weight)).chunk(dist.get_world_size())] + [0]

@@ -169,4 +169,6 @@ def inputs_and_labels(case: Case, model: nn.Module) -> dict[str, torch.Tensor]:
         return {"input_ids": tokens, "labels": torch.tensor([0, 1])}
     if case.head == "ForTokenClassification":
         return {"input_ids": tokens, "labels": tokens % 2}
-    return {"input_ids": tokens} if case.head == "Model" else {"input_ids": tokens, "labels": tokens}
+    if case.head == "Model" and model.config.is_encoder_decoder:
+        return {"input_ids": tokens, "decoder_input_ids": tokens[:, :30]}
+    return {"input_ids": tokens} | ({} if case.head in ("Model", "EncoderModel") else {"labels": tokens})

@@ -171,8 +171,11 @@ def test_trains_in_bfloat16_with_wide_states(row_case, tmp_path):
 def test_label_smoothing_smooths_the_next_token(row_case, tmp_path):
     trainer = make_trainer(tmp_path, build(row_case), label_smoothing_factor=0.2)
     batch = pad(documents("ForCausalLM", 3))
+    if row_case.answers:  # whose collators give what the decoder reads
+        batch["decoder_input_ids"] = trainer.model.prepare_decoder_input_ids_from_labels(batch["labels"])
     found = trainer.compute_loss(trainer.model, dict(batch))
-    logits, labels = trainer.model(batch["input_ids"], batch["attention_mask"]).logits, batch["labels"]
+    labels = batch.pop("labels")
+    logits = trainer.model(**batch).logits
     if not row_case.answers:
         logits, labels = logits[:, :-1], labels[:, 1:]
     expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, label_smoothing=0.2)

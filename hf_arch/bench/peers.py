@@ -30,10 +30,12 @@ class Peer:
 
 
 LLAMA = {"config": "LlamaConfig", "model": "LlamaForCausalLM"}
+T5 = {"config": "T5Config", "model": "T5EncoderModel", "fields": {"feed_forward_proj": "gated-gelu"}}
 
 PEERS = (
     Peer("llama", "transformer", "hugging_face:Transformers", LLAMA),
     Peer("llama_static", "transformer", "hugging_face:StaticTransformers", LLAMA, measures=DECODE),
+    Peer("t5_encoder", "encoder_decoder", "hugging_face:T5Encoder", T5, measures=FORWARD),
     Peer(
         "torchscale",
         "retnet",

@@ -92,7 +92,8 @@ class EncoderDecoder(ArchPreTrainedModel):
     ) -> Seq2SeqMoEModelOutput:
         """
         decoder_input_ids (`torch.LongTensor` [batch, length], *optional*):
-            By default the decoder reads the source, moved one to the right, as in BART (arXiv:1910.13461).
+            By default the decoder reads the source, moved one to the right, as in BART (arXiv:1910.13461). Not in
+            training, where it would be a mistake: a Trainer that smooths labels does not hand them over.
         encoder_outputs (*optional*):
             What the encoder answered, if it was asked before; the hidden states [batch, length, size] come first.
         position_ids, decoder_position_ids (*optional*):
@@ -105,7 +106,8 @@ class EncoderDecoder(ArchPreTrainedModel):
             names = ("last_hidden_state", "hidden_states", "attentions")
             encoder_outputs = BaseModelOutput(**dict(zip(names, encoder_outputs, strict=False)))
         encoded = encoder_outputs["last_hidden_state"]
-        if decoder_input_ids is None and decoder_inputs_embeds is None and input_ids is not None:
+        told = decoder_input_ids is not None or decoder_inputs_embeds is not None
+        if not told and input_ids is not None and not self.training:
             decoder_input_ids = self.shifted(input_ids)
         check_call(decoder_input_ids, decoder_inputs_embeds, past_key_values)
         queries = decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds

@@ -2,6 +2,7 @@
 arXiv:1910.10683) and with the choices of later models."""
 
 import copy
+from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 
@@ -11,8 +12,8 @@ from ..transformer.configuration_transformer import ArchTransformerConfig
 
 @strict
 class ArchEncoderDecoderConfig(ArchTransformerConfig):
-    """The choices of the Transformer, made for both stacks; `num_hidden_layers`, `layer_types` and `feed_forward_types`
-    are those of the decoder.
+    """The choices of the Transformer, made for both stacks, by default those of T5 1.1 but for the scaling of attention;
+    `num_hidden_layers`, `layer_types` and `feed_forward_types` are those of the decoder.
 
     encoder_num_hidden_layers (`int`, *optional*):
         Layers of the encoder; as many as the decoder has by default.
@@ -33,6 +34,8 @@ class ArchEncoderDecoderConfig(ArchTransformerConfig):
     encoder_feed_forward_types: list[str] | None = None
     decoder_start_token_id: int = 0
     pad_token_id: int | None = 0
+    position_type: Literal["none", "sinusoidal", "learned", "rope", "xpos", "alibi", "t5"] = "t5"
+    hidden_act: str = "gelu_new"
     scale_logits: bool = False
 
     def __post_init__(self, **kwargs):
