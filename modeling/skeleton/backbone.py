@@ -129,6 +129,8 @@ class Backbone(ArchPreTrainedModel):
         if use_cache and past_key_values is None and not self.training:
             past_key_values = self.make_cache()
         if position_ids is None:
+            position_ids = masks.get("position_ids")
+        if position_ids is None:
             position_ids = count_positions(hidden_states, attention_mask, past_key_values)
         if self.config.type_vocab_size:  # as in BERT, all are of kind 0 where nothing is said
             segments = torch.zeros_like(position_ids) if token_type_ids is None else token_type_ids

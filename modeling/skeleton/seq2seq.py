@@ -19,7 +19,7 @@ from ..layers.cache import growing
 from .backbone import Backbone
 from .config import ArchConfig
 from .heads import Head, loss_and_logits
-from .masks import number_documents, several
+from .masks import count_positions, number_documents, several
 from .pretrained import ArchPreTrainedModel
 
 
@@ -284,6 +284,8 @@ class ConditionalGeneration(Head, GenerationMixin):
     def create_masks_for_generate(
         self, config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
     ):
-        """Called by generate() with a static cache, which must not see the mask grow."""
+        """Called by generate() with a static cache, which must not see the mask grow; it tells no positions, and only
+        the mask knows them."""
         cache: Cache = past_key_values.self_attention_cache
-        return self.model.decoder.make_masks(inputs_embeds, attention_mask, cache, position_ids)
+        masks = self.model.decoder.make_masks(inputs_embeds, attention_mask, cache, position_ids)
+        return masks | {"position_ids": count_positions(inputs_embeds, attention_mask, cache)}

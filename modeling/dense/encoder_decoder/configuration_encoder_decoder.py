@@ -12,7 +12,7 @@ from ..transformer.configuration_transformer import ArchTransformerConfig
 
 @strict
 class ArchEncoderDecoderConfig(ArchTransformerConfig):
-    """The choices of the Transformer, made for both stacks, by default those of T5 1.1 but for the scaling of attention;
+    """The choices of the Transformer, made for both stacks, by default those of T5 1.1 but for the scale of attention;
     `num_hidden_layers`, `layer_types` and `feed_forward_types` are those of the decoder.
 
     encoder_num_hidden_layers (`int`, *optional*):
