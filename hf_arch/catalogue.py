@@ -92,7 +92,12 @@ ARCHITECTURES = (
         title="Encoder-decoder Transformer (T5)",
         paper="arXiv:1910.10683",
         heads=ENCODER_DECODER,
-        tiny={"encoder_num_hidden_layers": 3, "attention_scaling": 1.0},
+        tiny={"attention_scaling": 1.0},
+        head_fields={
+            head: {"is_encoder_decoder": False}
+            for head in ENCODER_DECODER
+            if head not in ("Model", "ForConditionalGeneration")
+        },
         exceptions={
             "bounded state": "Full attention looks at every earlier key: the cache, and a step, grow with the text.",
             "linear cost": "Full attention compares all pairs of tokens.",

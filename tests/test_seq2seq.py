@@ -22,7 +22,7 @@ from hf_arch.modeling.state_space.retnet.modeling_retnet import MultiScaleRetent
 from promises import EXACT, Case, cache_layers_of, some_tokens
 
 ROW = find("encoder_decoder")
-CASE = Case(ROW, "ForConditionalGeneration")
+CASE = Case(ROW, "ForConditionalGeneration", fields={"encoder_num_hidden_layers": 3})
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
 
 
@@ -211,14 +211,15 @@ def test_wrong_calls_and_configs_are_explained(tokens):
     ):
         with pytest.raises(ValueError, match=message):
             model(tokens, **told)
+    with pytest.raises(ValueError, match="of an encoder alone"):
+        CASE.build(is_encoder_decoder=False)
     for fields, message in (
         ({"direction": "prefix"}, "The decoder is causal"),
         ({"encoder_num_hidden_layers": 0}, "encoder_num_hidden_layers is 0"),
-        ({"encoder_layer_types": ["full_attention"] * 3}, "In the encoder: direction 'bidirectional'"),
-        ({"encoder_feed_forward_types": ["gated"]}, "In the encoder: feed_forward_types has 1 entries for 3"),
+        ({"encoder_layer_types": ["full_attention"] * 2}, "In the encoder: direction 'bidirectional'"),
+        ({"encoder_feed_forward_types": ["gated"]}, "In the encoder: feed_forward_types has 1 entries for 2"),
         ({"decoder_start_token_id": 96}, "decoder_start_token_id 96 is not in the vocabulary"),
         ({"pad_token_id": None}, "pad_token_id is None"),
-        ({"is_encoder_decoder": False}, "take ArchTransformer"),
         ({"attention_scaling": 0.0}, "must be positive"),
     ):
         with pytest.raises(StrictDataclassError, match=message):

@@ -56,6 +56,8 @@ class EncoderDecoder(ArchPreTrainedModel):
 
     def __init__(self, config: ArchConfig):
         super().__init__(config)
+        if not config.is_encoder_decoder:
+            raise ValueError("The config is of an encoder alone (is_encoder_decoder=False): it has no decoder.")
         self.encoder = self.encoder_backbone(config.stack("encoder"))
         self.decoder = self.decoder_backbone(config.stack("decoder"))
         self.post_init()

@@ -15,6 +15,8 @@ class ArchEncoderDecoderConfig(ArchTransformerConfig):
     """The choices of the Transformer, made for both stacks, by default those of T5 1.1 but for the scale of attention;
     `num_hidden_layers`, `layer_types` and `feed_forward_types` are those of the decoder.
 
+    is_encoder_decoder (`bool`, defaults to `True`):
+        Whether both stacks are there; `False` in a checkpoint of the encoder alone.
     encoder_num_hidden_layers (`int`, *optional*):
         Layers of the encoder; as many as the decoder has by default.
     encoder_layer_types, encoder_feed_forward_types (`list[str]`, *optional*):
@@ -76,8 +78,6 @@ class ArchEncoderDecoderConfig(ArchTransformerConfig):
 
     def validate_architecture(self):
         super().validate_architecture()
-        if not self.is_encoder_decoder:
-            raise ValueError("is_encoder_decoder is False: for a decoder or an encoder alone take ArchTransformer.")
         if self.direction != "causal":
             raise ValueError(f"The decoder is causal, the encoder is not: direction cannot be {self.direction!r}.")
         if self.pad_token_id is None:
