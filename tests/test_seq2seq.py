@@ -115,7 +115,9 @@ def test_steps_equal_one_pass_and_keys_of_the_source_are_made_once(model, padded
         logits.append(step.logits)
     assert_close(torch.cat(logits, dim=1), expected, **EXACT)
     assert len(calls) == 2 and cache.get_seq_length() == 20
-    as_tuple = model(attention_mask=padded["attention_mask"], decoder_input_ids=answer, encoder_outputs=tuple(encoded))
+    as_tuple = model(
+        attention_mask=padded["attention_mask"], decoder_input_ids=answer, encoder_outputs=encoded.to_tuple()
+    )
     assert_close(as_tuple.logits, expected, **EXACT)
     kinds = ["states" if kind == "recurrent" else "keys" for kind in model.config.layer_types]
     assert all(hasattr(layer, kind) for layer, kind in zip(cache_layers_of(cache), kinds, strict=True))

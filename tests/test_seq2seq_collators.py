@@ -66,7 +66,7 @@ def test_as_much_is_hidden_as_asked_everywhere_alike(density, mean):
     count = round(200 * density)
     assert hidden.sum() == 400 * count and set(lengths) == {round(count / mean)}
     middle = hidden[40:160] / 400
-    assert abs(middle.mean() - density) < 0.03 and middle.std() < 0.06
+    assert abs(middle.mean() - density) < 0.04 and middle.std() < 0.06
 
 
 def test_seeds_decide_all_and_padding_and_ends_are_no_text():

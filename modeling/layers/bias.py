@@ -58,6 +58,7 @@ def diagonal_pieces(bias, query: torch.Tensor, key: torch.Tensor, attention_mask
     queries, keys = query.shape[2], key.shape[2]
     distance = torch.arange(1 - keys, queries, device=query.device)
     table = bias.of_distance(distance[None, None])[0, :, 0].to(query.dtype)  # [heads, distances]
+    table = table.contiguous()  # torch's fused attention copies all pairs where neighbours are not side by side
     if attention_mask is None and bias.causal:
         table = table.masked_fill(distance > 0, torch.finfo(table.dtype).min)
     pairs = table.unfold(-1, keys, 1)[None]

@@ -166,12 +166,13 @@ class Backbone(ArchPreTrainedModel):
         if isinstance(attention_mask, dict):
             return attention_mask
         told = {"attention_mask": attention_mask, "past_key_values": past_key_values, "position_ids": position_ids}
-        makers, kinds = MASKS | self.masks, dict.fromkeys(self.config.layer_types)
+        makers = MASKS | self.masks
+        first = {kind: self.config.layer_types.index(kind) for kind in dict.fromkeys(self.config.layer_types)}
         masks = {
-            kind: makers[kind](config=self.config, inputs_embeds=inputs_embeds, **told, **context) for kind in kinds
+            kind: makers[kind](config=self.config, inputs_embeds=inputs_embeds, layer_idx=layer_idx, **told, **context)
+            for kind, layer_idx in first.items()
         }
         if self.embed_positions.biased and not all_straight(inputs_embeds, **told):
-            for kind in kinds:
-                layer_idx = self.config.layer_types.index(kind)
+            for kind, layer_idx in first.items():
                 masks[f"{kind}_key_positions"] = key_positions(inputs_embeds, layer_idx, **told)
         return masks

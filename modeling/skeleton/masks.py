@@ -44,11 +44,19 @@ def several(documents: torch.Tensor | None) -> bool:
 def causal(make_mask: Callable) -> Callable:
     """transformers looks for packed documents only where there is no padding mask: tell it of both at once.
 
-    `prefix` [batch, length so far] (bool, optional) marks the tokens that see each other both ways.
+    `prefix` [batch, length so far] (bool, optional) marks the tokens that see each other both ways. `layer_idx` is one
+    of the kind: the caches of others may be of another length.
     """
 
     def make(
-        config, inputs_embeds, attention_mask=None, past_key_values=None, position_ids=None, prefix=None, **kwargs
+        config,
+        inputs_embeds,
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=None,
+        prefix=None,
+        layer_idx=None,
+        **kwargs,
     ):
         told = {"attention_mask": attention_mask, "past_key_values": past_key_values, "position_ids": position_ids}
         documents = number_documents(config, inputs_embeds, **told) if past_key_values is None else None
@@ -56,7 +64,8 @@ def causal(make_mask: Callable) -> Callable:
             told |= {"attention_mask": None, "position_ids": told_apart(documents)}
         if prefix is not None:
             prefix = torch.where(prefix, 1 if documents is None else documents, -1)
-        return make_mask(config=config, inputs_embeds=inputs_embeds, block_sequence_ids=prefix, **told)
+        told |= {"block_sequence_ids": prefix, "layer_idx": layer_idx}
+        return make_mask(config=config, inputs_embeds=inputs_embeds, **told)
 
     return make
 
