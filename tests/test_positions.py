@@ -255,7 +255,7 @@ def test_blocks_of_a_bias_equal_the_whole(direction, position_type, grad, monkey
         return [plain, outputs.last_hidden_state[mask.bool()], after]
 
     whole = answers()
-    for changed in ({"ROOM": 20_000, "BLOCK": 32}, {"ROOM": 1, "BLOCK": 7}):
+    for changed in ({"BIAS_ROOM": 20_000, "QUERY_BLOCK": 32}, {"BIAS_ROOM": 1, "QUERY_BLOCK": 7}):
         for name, value in changed.items():
             monkeypatch.setattr(bias, name, value)
         for found, expected in zip(answers(), whole, strict=True):

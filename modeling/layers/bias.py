@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-ROOM = 2**22  # numbers of a bias that are written down at once, where it must be
-BLOCK = 1024  # queries that see the same keys, of which the last alone needs all: fewer work less, but less well
+BIAS_ROOM = 2**22  # numbers of a bias that are written down at once, where it must be
+QUERY_BLOCK = 1024  # queries that see the same keys, of which the last alone needs all: fewer work less, but less well
 
-Kernel = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
-Pieces = Iterator[tuple[slice, slice, torch.Tensor]]
+AttentionKernel = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+BiasedPieces = Iterator[tuple[slice, slice, torch.Tensor]]
 
 
 def biased_attention(
     bias,
-    kernel: Kernel,
+    kernel: AttentionKernel,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -53,7 +53,7 @@ def rows_of_all(weights: tuple[torch.Tensor | None, ...], keys: int) -> torch.Te
     return torch.cat([F.pad(block, (0, keys - block.shape[-1])) for block in weights], dim=2)
 
 
-def diagonal_pieces(bias, query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None) -> Pieces:
+def diagonal_pieces(bias, query: torch.Tensor, key: torch.Tensor, attention_mask: torch.Tensor | None) -> BiasedPieces:
     """Blocks of queries, the last query first."""
     queries, keys = query.shape[2], key.shape[2]
     distance = torch.arange(1 - keys, queries, device=query.device)
@@ -63,9 +63,9 @@ def diagonal_pieces(bias, query: torch.Tensor, key: torch.Tensor, attention_mask
         table = table.masked_fill(distance > 0, torch.finfo(table.dtype).min)
     pairs = table.unfold(-1, keys, 1)[None]
     if attention_mask is not None or table.requires_grad:
-        block = max(1, ROOM // (len(query) * query.shape[1] * keys))
+        block = max(1, BIAS_ROOM // (len(query) * query.shape[1] * keys))
     else:
-        block = BLOCK if bias.causal else queries
+        block = QUERY_BLOCK if bias.causal else queries
     for start in range(0, queries, block):
         rows, seen = slice(start, start + block), slice(None)
         if attention_mask is None and bias.causal:
@@ -73,26 +73,26 @@ def diagonal_pieces(bias, query: torch.Tensor, key: torch.Tensor, attention_mask
         mask = pairs[:, :, rows, seen]
         if attention_mask is not None:
             shown = attention_mask[:, :, max(0, queries - start - block) : queries - start].flip(2)
-            mask = masked(mask, shown)
+            mask = biased_mask(mask, shown)
         yield rows, seen, mask
 
 
-def written_pieces(bias, query, key, attention_mask, key_positions: torch.Tensor) -> Pieces:
+def written_pieces(bias, query, key, attention_mask, key_positions: torch.Tensor) -> BiasedPieces:
     """Blocks of queries, whose biases are looked up pair by pair."""
     queries, keys = query.shape[2], key.shape[2]
-    block = max(1, ROOM // (len(query) * query.shape[1] * keys))
+    block = max(1, BIAS_ROOM // (len(query) * query.shape[1] * keys))
     for start in range(0, queries, block):
         rows = slice(start, start + block)
         distance = key_positions[:, None, :] - bias.query_positions[:, rows, None]
         mask = bias.of_distance(distance).to(query.dtype)
         if attention_mask is not None:
-            mask = masked(mask, attention_mask[:, :, rows])
+            mask = biased_mask(mask, attention_mask[:, :, rows])
         elif bias.causal:  # the skip that transformers' masks allow: plainly causal, or nothing hidden
             mask = mask.masked_fill(distance[:, None] > 0, torch.finfo(mask.dtype).min)
         yield rows, slice(None), mask
 
 
-def masked(mask: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
+def biased_mask(mask: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
     """A bias and a mask of what is shown (bool), or one that is added."""
     if shown.dtype == torch.bool:
         return mask.masked_fill(~shown, torch.finfo(mask.dtype).min)

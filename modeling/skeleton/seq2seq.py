@@ -38,7 +38,7 @@ class EncoderOnly(ArchPreTrainedModel):
         return self.encoder.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        embed(value, self.encoder)
+        share_embeddings(value, self.encoder)
 
     @can_return_tuple
     def forward(
@@ -72,7 +72,7 @@ class EncoderDecoder(ArchPreTrainedModel):
         return self.encoder.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        embed(value, self.encoder, self.decoder)
+        share_embeddings(value, self.encoder, self.decoder)
 
     @can_return_tuple
     @merge_with_config_defaults
@@ -111,7 +111,7 @@ class EncoderDecoder(ArchPreTrainedModel):
         told = decoder_input_ids is not None or decoder_inputs_embeds is not None
         if not told and input_ids is not None and not self.training:
             decoder_input_ids = self.shifted(input_ids)
-        check_call(decoder_input_ids, decoder_inputs_embeds, past_key_values)
+        check_decoder_call(decoder_input_ids, decoder_inputs_embeds, past_key_values)
         queries = decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
         check_source(encoded, attention_mask, queries)
         documents = None
@@ -156,13 +156,13 @@ class EncoderDecoder(ArchPreTrainedModel):
         return torch.cat((start, tokens[:, :-1].masked_fill(tokens[:, :-1] == -100, self.config.pad_token_id)), dim=1)
 
 
-def embed(value: nn.Module, *stacks: Backbone) -> None:
+def share_embeddings(value: nn.Module, *stacks: Backbone) -> None:
     """Give the stacks one table of embeddings."""
     for stack in stacks:
         stack.embed_tokens, stack.config.vocab_size = value, len(value.weight)
 
 
-def check_call(decoder_input_ids, decoder_inputs_embeds, past_key_values) -> None:
+def check_decoder_call(decoder_input_ids, decoder_inputs_embeds, past_key_values) -> None:
     if (decoder_input_ids is None) == (decoder_inputs_embeds is None):
         raise ValueError(
             "Give exactly one of decoder_input_ids and decoder_inputs_embeds, or, to a model with a loss, labels."

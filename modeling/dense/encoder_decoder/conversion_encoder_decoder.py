@@ -42,23 +42,23 @@ def head_of_its_own(tensors: Tensors, fields: Fields) -> Tensors:
     return tensors
 
 
-def block(stack: str, layer: int, theirs: str, ours: str) -> Rule:
+def t5_block(stack: str, layer: int, theirs: str, ours: str) -> Rule:
     return Rule(
         rf"(?:transformer\.)?{stack}\.block\.(\d+)\.layer\.{layer}\.{theirs}", rf"model.{stack}.layers.\1.{ours}"
     )
 
 
-def stack_rules(stack: str, parts: tuple[str, ...]) -> tuple[Rule, ...]:
+def t5_stack_rules(stack: str, parts: tuple[str, ...]) -> tuple[Rule, ...]:
     """Of the blocks of a stack, whose layers T5 numbers and we call by `parts`."""
     rules = []
     for layer, part in enumerate(parts):
-        rules.append(block(stack, layer, r"layer_norm\.weight", f"residual.norm.{part}.weight"))
+        rules.append(t5_block(stack, layer, r"layer_norm\.weight", f"residual.norm.{part}.weight"))
         if part != "feed_forward":
-            rules.append(block(stack, layer, r"\w+Attention\.([qkvo])\.weight", rf"{part}.\2_proj.weight"))
+            rules.append(t5_block(stack, layer, r"\w+Attention\.([qkvo])\.weight", rf"{part}.\2_proj.weight"))
     names = {"wi": "up_proj", "wi_1": "up_proj", "wi_0": "gate_proj", "wo": "down_proj"}
     for theirs, ours in names.items():
         theirs = rf"DenseReluDense\.{theirs}\.weight"
-        rules.append(block(stack, len(parts) - 1, theirs, f"feed_forward.{ours}.weight"))
+        rules.append(t5_block(stack, len(parts) - 1, theirs, f"feed_forward.{ours}.weight"))
     return tuple(rules)
 
 
@@ -83,8 +83,8 @@ T5 = Conversion(
         ),
         Rule(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"),  # old, and never used
         Rule(r"(?:transformer\.)?(encoder|decoder)\.final_layer_norm\.weight", r"model.\1.norm.weight"),
-        *stack_rules("encoder", ("mixer", "feed_forward")),
-        *stack_rules("decoder", ("mixer", "cross_attention", "feed_forward")),
+        *t5_stack_rules("encoder", ("mixer", "feed_forward")),
+        *t5_stack_rules("decoder", ("mixer", "cross_attention", "feed_forward")),
         Rule(r"(lm_head\.weight)", r"\1"),
         Rule(r"classifier\.(\w+)", r"score.\1"),
     ),
