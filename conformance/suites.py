@@ -102,6 +102,8 @@ def open_closed_lists() -> None:
     for row in ARCHITECTURES:
         for head in row.heads:
             getattr(modeling_auto, MAPPINGS[head])[row.model_type] = row.prefix + head
+        if "EncoderModel" in row.heads:  # which has no loss either
+            modeling_auto.MODEL_MAPPING_NAMES[row.model_type] = (f"{row.prefix}Model", f"{row.prefix}EncoderModel")
     test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = None
     test_expert_parallel_mixin.EP_DISTRIBUTED_TEST_MODEL_TYPES = None
     test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None

@@ -95,5 +95,5 @@ def written_pieces(bias, query, key, attention_mask, key_positions: torch.Tensor
 def biased_mask(mask: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
     """A bias and a mask of what is shown (bool), or one that is added."""
     if shown.dtype == torch.bool:
-        return mask.masked_fill(~shown, torch.finfo(mask.dtype).min)
+        return torch.where(shown, mask, torch.finfo(mask.dtype).min)
     return mask + shown

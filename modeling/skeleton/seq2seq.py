@@ -114,29 +114,10 @@ class EncoderDecoder(ArchPreTrainedModel):
         check_decoder_call(decoder_input_ids, decoder_inputs_embeds, past_key_values)
         queries = decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
         check_source(encoded, attention_mask, queries)
-        documents = None
-        if past_key_values is None:
-            source = number_documents(self.config, encoded, attention_mask, None, position_ids)
-            target = number_documents(self.config, queries, decoder_attention_mask, None, decoder_position_ids)
-            documents = source, target
-        # The decoder makes its cache after its masks
-        caching = use_cache and past_key_values is None and not self.training
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if caching else past_key_values
-        replayed = self.training and self.decoder.gradient_checkpointing
-        outputs = self.decoder(
-            input_ids=decoder_input_ids,
-            attention_mask=decoder_attention_mask,
-            position_ids=decoder_position_ids,
-            past_key_values=None if past_key_values is None else past_key_values.self_attention_cache,
-            inputs_embeds=decoder_inputs_embeds,
-            use_cache=use_cache,
-            encoder_hidden_states=encoded,
-            encoder_attention_mask=cross_mask(self.config, encoded, queries, attention_mask, documents),
-            cross_cache=None if replayed else cache,
-            **kwargs,
-        )
-        if caching:
-            cache.self_attention_cache = outputs.past_key_values
+        source, target = (attention_mask, position_ids), (decoder_attention_mask, decoder_position_ids)
+        kwargs["encoder_attention_mask"] = cross_mask(self.config, encoded, queries, source, target, past_key_values)
+        answer = (decoder_input_ids, *target)
+        outputs, cache = self.decode(answer, past_key_values, use_cache, encoded, decoder_inputs_embeds, **kwargs)
         return Seq2SeqMoEModelOutput(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=cache,
@@ -149,6 +130,25 @@ class EncoderDecoder(ArchPreTrainedModel):
             encoder_attentions=encoder_outputs.get("attentions"),
             encoder_router_logits=encoder_outputs.get("router_logits"),
         )
+
+    def decode(self, answer: tuple, past_key_values, use_cache: bool, encoded: torch.Tensor, inputs_embeds, **kwargs):
+        """What the decoder says to `answer` (ids, mask, position ids), and both caches. It makes its own, after its
+        masks, in which packed documents are looked for only where there is none."""
+        caching = use_cache and past_key_values is None and not self.training
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if caching else past_key_values
+        replayed = self.training and self.decoder.gradient_checkpointing  # a layer is called twice: it keeps nothing
+        outputs = self.decoder(
+            *answer,
+            None if past_key_values is None else past_key_values.self_attention_cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            encoder_hidden_states=encoded,
+            cross_cache=None if replayed else cache,
+            **kwargs,
+        )
+        if caching:
+            cache.self_attention_cache = outputs.past_key_values
+        return outputs, cache
 
     def shifted(self, tokens: torch.LongTensor) -> torch.LongTensor:
         """tokens [batch, length] moved one to the right, behind the start token, with padding for -100."""
@@ -184,25 +184,35 @@ def check_source(encoded: torch.Tensor, attention_mask: torch.Tensor | None, que
         )
 
 
-def cross_mask(config, encoded: torch.Tensor, queries: torch.Tensor, attention_mask, documents) -> torch.Tensor | None:
-    """Every query sees what is real in the source, or, in packed rows, in its own document of it."""
+def cross_mask(config, encoded: torch.Tensor, queries: torch.Tensor, source: tuple, target: tuple, past_key_values):
+    """Every query sees what is real in the source, or, in packed rows, in its own document of it.
+
+    source, target: the mask and the position ids of each, or None.
+    """
     pattern = {}
-    if documents is not None and any(several(numbers) for numbers in documents):
-        source, target = (
+    packed = past_key_values is None and not (source[1] is None and target[1] is None)
+    documents = [
+        number_documents(config, tokens, mask, None, position_ids)
+        for tokens, (mask, position_ids) in ((encoded, source), (queries, target))
+        if packed
+    ]
+    if any(several(numbers) for numbers in documents):
+        numbered = zip((encoded, queries), documents, strict=True)
+        of_source, of_target = (
             torch.ones(tokens.shape[:2], dtype=torch.long, device=encoded.device) if numbers is None else numbers
-            for tokens, numbers in zip((encoded, queries), documents, strict=True)
+            for tokens, numbers in numbered
         )
-        if not is_tracing(source) and not torch.equal(source.amax(-1), target.amax(-1)):
+        if not is_tracing(of_source) and not torch.equal(of_source.amax(-1), of_target.amax(-1)):
             raise ValueError(
                 "Packed rows hold as many documents for the encoder as for the decoder: give position_ids and "
                 "decoder_position_ids that restart at each."
             )
         # padding among the queries sees all, so that no row of the mask is empty
         pattern["and_mask_function"] = lambda batch, head, query, key: (
-            (target[batch, query] == source[batch, key]) | (target[batch, query] == 0)
+            (of_target[batch, query] == of_source[batch, key]) | (of_target[batch, query] == 0)
         )
     like = encoded.new_empty(*queries.shape[:2], 0)
-    return create_bidirectional_mask(config, like, attention_mask, encoder_hidden_states=encoded, **pattern)
+    return create_bidirectional_mask(config, like, source[0], encoder_hidden_states=encoded, **pattern)
 
 
 class ConditionalGeneration(Head, GenerationMixin):
