@@ -112,8 +112,10 @@ class Answering(nn.Module):
 
     def generate(self, input_ids, attention_mask=None, **options):
         answer = {"decoder_input_ids": input_ids, "decoder_start_token_id": input_ids[:, 0].tolist()}
-        # generate() finds by the mask how much of the answer a cache has read
-        answer["decoder_attention_mask"] = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if "past_key_values" in options:  # generate() finds by the mask how much of the answer a cache has read
+            attention_mask = torch.ones_like(input_ids)
+        if attention_mask is not None:
+            answer["decoder_attention_mask"] = attention_mask
         return self.model.generate(**self.source(len(input_ids)), **answer, **options)
 
 

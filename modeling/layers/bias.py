@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 
-BIAS_ROOM = 2**24  # numbers of a bias that are written down at once, where it must be: 64 MiB in float32
+BIAS_ROOM = 2**23  # numbers of a bias that are written down at once, where it must be: 32 MiB in float32
 QUERY_BLOCK = 1024  # queries that see the same keys, of which the last alone needs all: fewer work less, but less well
 
 AttentionKernel = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
