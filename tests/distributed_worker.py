@@ -42,14 +42,17 @@ def share(batch: torch.Tensor) -> torch.Tensor:
     return batch.chunk(dist.get_world_size())[dist.get_rank()]
 
 
+def inputs_of(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor | bool]:
+    """What the model reads: a text, or a source and an answer."""
+    answers = getattr(model, "module", model).config.is_encoder_decoder
+    return {"input_ids": ids, "use_cache": False} | ({"decoder_input_ids": ids} if answers else {})
+
+
 def learn(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Adds to the gradients; the logits come from another pass, since a loss in chunks makes none."""
-    told = {"input_ids": ids, "use_cache": False}
-    if getattr(model, "module", model).config.is_encoder_decoder:
-        told["decoder_input_ids"] = ids
     with torch.no_grad():
-        logits = model(**told).logits
-    model(**told, labels=ids).loss.backward()
+        logits = model(**inputs_of(model, ids)).logits
+    model(**inputs_of(model, ids), labels=ids).loss.backward()
     return logits
 
 
@@ -118,7 +121,7 @@ def fully_sharded(case: Case, folder: Path) -> None:
     dcp.load(state := get_model_state_dict(other), checkpoint_id=folder / "dcp")
     other.load_state_dict(state)
     with torch.no_grad():
-        assert_close(other(share(ids)).logits, share(logits), **EXACT)
+        assert_close(other(**inputs_of(other, share(ids))).logits, share(logits), **EXACT)
 
 
 def loaded(case: Case, folder: Path, **sizes: int) -> nn.Module:
