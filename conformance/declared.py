@@ -17,7 +17,7 @@ NOT_KEPT: dict[tuple[str, str], str] = {
     ("encoder_decoder", "test_retain_grad_hidden_states_attentions"): (
         "A bias by distance takes the last query first: the weights that are recorded are a copy in order"
     ),
-    ("encoder_decoder", "test_load_with_mismatched_shape"): (
+    ("encoder_decoder", "test_load_with_mismatched_shapes"): (
         "AutoModel is both stacks, which a config of an encoder alone refuses"
     ),
     ("encoder_decoder", "test_generation_tester_mixin_inheritance"): (
