@@ -254,21 +254,9 @@ class ConditionalGeneration(Head, GenerationMixin):
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         items = kwargs.pop("num_items_in_batch", None)
-        outputs = self.model(
-            input_ids,
-            attention_mask,
-            decoder_input_ids,
-            decoder_attention_mask,
-            encoder_outputs,
-            past_key_values,
-            inputs_embeds,
-            decoder_inputs_embeds,
-            use_cache,
-            position_ids,
-            decoder_position_ids,
-            token_type_ids,
-            **kwargs,
-        )
+        source = (input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs)
+        told = (past_key_values, inputs_embeds, decoder_inputs_embeds, use_cache, position_ids, decoder_position_ids)
+        outputs = self.model(*source, *told, token_type_ids, **kwargs)
         hidden_states = outputs.last_hidden_state
         if self.config.scale_logits:
             hidden_states = hidden_states * self.config.hidden_size**-0.5
