@@ -13,6 +13,8 @@ register_targets()
 
 LATER = {  # transformers' Trainer and collators take seconds to import
     "ContrastiveCollator": "collators",
+    "PrefixLMCollator": "collators",
+    "SpanCorruptionCollator": "collators",
     "Segments": "streams",
     "StatefulTrainer": "streams",
     "WholeWordMaskCollator": "collators",
@@ -29,7 +31,9 @@ __all__ = [
     "ARCHITECTURES",
     "Architecture",
     "ContrastiveCollator",
+    "PrefixLMCollator",
     "Segments",
+    "SpanCorruptionCollator",
     "StatefulTrainer",
     "WholeWordMaskCollator",
     "convert",

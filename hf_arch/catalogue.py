@@ -8,7 +8,9 @@ import transformers
 
 AUTO_CLASSES = {
     "Model": "AutoModel",
+    "EncoderModel": "AutoModelForTextEncoding",
     "ForCausalLM": "AutoModelForCausalLM",
+    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
     "ForMaskedLM": "AutoModelForMaskedLM",
     "ForSequenceClassification": "AutoModelForSequenceClassification",
     "ForTokenClassification": "AutoModelForTokenClassification",
@@ -17,6 +19,14 @@ AUTO_CLASSES = {
 }
 
 DECODER = ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+ENCODER_DECODER = (
+    "Model",
+    "EncoderModel",
+    "ForConditionalGeneration",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+)
 
 TINY = {
     "vocab_size": 96,
@@ -73,6 +83,24 @@ ARCHITECTURES = (
         heads=(*DECODER, "ForMaskedLM"),
         tiny={"num_key_value_heads": 2},
         head_fields={"ForMaskedLM": {"direction": "bidirectional"}},
+        exceptions={
+            "bounded state": "Full attention looks at every earlier key: the cache, and a step, grow with the text.",
+            "linear cost": "Full attention compares all pairs of tokens.",
+        },
+    ),
+    Architecture(
+        "encoder_decoder",
+        "ArchEncoderDecoder",
+        family="dense",
+        title="Encoder-decoder Transformer (T5)",
+        paper="arXiv:1910.10683",
+        heads=ENCODER_DECODER,
+        tiny={"attention_scaling": 1.0},
+        head_fields={
+            head: {"is_encoder_decoder": False}
+            for head in ENCODER_DECODER
+            if head not in ("Model", "ForConditionalGeneration")
+        },
         exceptions={
             "bounded state": "Full attention looks at every earlier key: the cache, and a step, grow with the text.",
             "linear cost": "Full attention compares all pairs of tokens.",

@@ -1,4 +1,4 @@
-"""Checkpoints of the originals (Llama, GPT-2, BERT, torchscale's RetNet, ...) as models of ours.
+"""Checkpoints of the originals (Llama, GPT-2, BERT, T5, torchscale's RetNet, ...) as models of ours.
 
 What is read is plain tensors: safetensors, or files of torch.save opened with `weights_only=True`. Pickled code never
 runs.
@@ -10,6 +10,7 @@ import importlib.util
 import json
 import pickle
 import shutil
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -221,13 +222,14 @@ def difference_from_original(
     """The largest difference between the answers to random tokens; raises ValueError where it is too large."""
     dtype = torch.float64 if model.num_parameters() <= IN_FLOAT64 else torch.float32
     ids = torch.randint(model.config.vocab_size, (2, min(32, model.config.max_position_embeddings)))
+    told = {"decoder_input_ids": ids[:, :20]} if "decoder_input_ids" in signature(model.forward).parameters else {}
     if conversion.original is not None:
         expected = conversion.original(folder, fields, tensors, head)(ids)
     else:
         name = next(name for name, ours in conversion.heads.items() if ours == head)
         exact = {"dtype": dtype, "experts_implementation": "eager"}  # its grouped products know no float64
-        expected = getattr(transformers, name).from_pretrained(folder, **exact).eval()(ids)[0]
-    answer = copy.deepcopy(model).to(dtype)(ids)[0]
+        expected = getattr(transformers, name).from_pretrained(folder, **exact).eval()(ids, **told)[0]
+    answer = copy.deepcopy(model).to(dtype)(ids, **told)[0]
     difference = (answer - expected).abs().max().item()
     if not difference <= TOLERANCE[expected.dtype] * expected.abs().max().item():
         raise ValueError(f"The converted model answers otherwise than the original, by up to {difference:.1e}.")

@@ -11,6 +11,7 @@ from hf_arch.catalogue import ARCHITECTURES, Architecture, find
 ROUTER = "gate"  # of sparse feed-forwards, which any architecture may have
 TASKS = {
     "ForCausalLM": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",

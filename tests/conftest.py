@@ -54,7 +54,7 @@ def tokens() -> torch.Tensor:
 
 @pytest.fixture(params=ROWS, ids=str)
 def row_case(request):
-    """Every causal row of the catalogue."""
+    """Every row of the catalogue that writes text."""
     return request.param
 
 
@@ -72,13 +72,13 @@ def head_case(request):
 
 @pytest.fixture(params=DECODERS, ids=str)
 def decoder_case(request):
-    """Every causal row, and the laboratory's choices."""
+    """Every row that writes text, and the laboratory's choices."""
     return request.param
 
 
 @pytest.fixture
 def decoder(decoder_case):
-    return decoder_case.build()
+    return decoder_case.decoder()
 
 
 @pytest.fixture(params=ENCODERS, ids=str)

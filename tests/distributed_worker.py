@@ -29,6 +29,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from hf_arch.modeling.skeleton import heads, loss
+from hf_arch.modeling.skeleton.backbone import Backbone
 from hf_arch.streams import Segments, StatefulTrainer
 from promises import DECODERS, EXACT, MODELS, ROWS, Case, some_tokens
 from training_buffer_toy import ToyConfig, ToyForCausalLM, buffers
@@ -45,11 +46,17 @@ def share(batch: torch.Tensor) -> torch.Tensor:
     return batch.chunk(dist.get_world_size())[dist.get_rank()]
 
 
+def inputs_of(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor | bool]:
+    """What the model reads: a text, or a source and an answer."""
+    answers = getattr(model, "module", model).config.is_encoder_decoder
+    return {"input_ids": ids, "use_cache": False} | ({"decoder_input_ids": ids} if answers else {})
+
+
 def learn(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Adds to the gradients; the logits come from another pass, since a loss in chunks makes none."""
     with torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False).logits
-    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        logits = model(**inputs_of(model, ids)).logits
+    model(**inputs_of(model, ids), labels=ids).loss.backward()
     return logits
 
 
@@ -81,17 +88,22 @@ def data_parallel(case: Case, folder: Path) -> None:
     assert_gradients(model, reference)
 
 
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """Those of its stack, or of both."""
+    return [layer for stack in model.modules() if isinstance(stack, Backbone) for layer in stack.layers]
+
+
 def by_hand(model: nn.Module) -> nn.Module:
     """Each layer by itself, then the rest."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer in model.model.layers:
+    for layer in layers_of(model):
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
 def assert_sharded(model: nn.Module) -> None:
     assert isinstance(model, FSDPModule)
-    assert {type(layer).__name__ for layer in model.model.layers} == {"FSDPLayer"}
+    assert {type(layer).__name__ for layer in layers_of(model)} == {"FSDPLayer"}
     for name, weight in model.named_parameters():
         assert isinstance(weight, DTensor), name
         rows = [len(part) for part in torch.arange(len(weight)).chunk(dist.get_world_size())] + [0]
@@ -116,7 +128,7 @@ def fully_sharded(case: Case, folder: Path) -> None:
     dcp.load(state := get_model_state_dict(other), checkpoint_id=folder / "dcp")
     other.load_state_dict(state)
     with torch.no_grad():
-        assert_close(other(share(ids)).logits, share(logits), **EXACT)
+        assert_close(other(**inputs_of(other, share(ids))).logits, share(logits), **EXACT)
 
 
 def loaded(case: Case, folder: Path, **sizes: int) -> nn.Module:

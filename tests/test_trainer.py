@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from hf_arch import lora_config
-from promises import HEADS, MODELS, ROWS, Case
+from promises import HEADS, MODELS, ROWS, Case, cache_layers_of
 
 BATCH = 4
 ONE_LARGE_BATCH = {"atol": 1e-5, "rtol": 1e-4}
@@ -163,7 +163,7 @@ def test_trains_in_bfloat16_with_wide_states(model_case, tmp_path):
     with torch.no_grad(), mixed.compute_loss_context_manager(), mixed.accelerator.autocast():
         told = {"use_cache": True} if mixed.model.can_generate() else {}
         outputs = mixed.model.eval()(pad(documents("ForCausalLM", 2))["input_ids"], **told)
-    cached = outputs.past_key_values.layers if told else ()
+    cached = cache_layers_of(outputs.past_key_values) if told else ()
     states = [state for layer in cached for state in getattr(layer, "states", {}).values()]
     assert {state.dtype for state in states} <= {torch.float32}
 
@@ -171,9 +171,14 @@ def test_trains_in_bfloat16_with_wide_states(model_case, tmp_path):
 def test_label_smoothing_smooths_the_next_token(row_case, tmp_path):
     trainer = make_trainer(tmp_path, build(row_case), label_smoothing_factor=0.2)
     batch = pad(documents("ForCausalLM", 3))
+    if row_case.answers:  # whose collators give what the decoder reads
+        batch["decoder_input_ids"] = trainer.model.prepare_decoder_input_ids_from_labels(batch["labels"])
     found = trainer.compute_loss(trainer.model, dict(batch))
-    logits = trainer.model(batch["input_ids"], batch["attention_mask"]).logits[:, :-1].transpose(1, 2)
-    expected = torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:], label_smoothing=0.2)
+    labels = batch.pop("labels")
+    logits = trainer.model(**batch).logits
+    if not row_case.answers:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, label_smoothing=0.2)
     assert_close(found, expected)
 
 

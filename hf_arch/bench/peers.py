@@ -34,6 +34,7 @@ MIXTRAL = {"config": "MixtralConfig", "model": "MixtralForCausalLM"}
 # Its default, and the loop over experts; its batched products copy the weights of an expert for each token that takes
 # it, which is bearable for few tokens
 EXPERTS = {name: {"fields": {"experts_implementation": name}} for name in ("grouped_mm", "eager", "batched_mm")}
+T5 = {"config": "T5Config", "model": "T5EncoderModel", "fields": {"feed_forward_proj": "gated-gelu"}}
 
 PEERS = (
     Peer("llama", "transformer", "hugging_face:Transformers", LLAMA),
@@ -54,6 +55,7 @@ PEERS = (
         {"config": "LongformerConfig", "model": "LongformerForMaskedLM", "padding_rows": 2},
         measures=FORWARD,
     ),
+    Peer("t5_encoder", "encoder_decoder", "hugging_face:T5Encoder", T5, measures=FORWARD),
     Peer(
         "torchscale",
         "retnet",

@@ -60,7 +60,7 @@ class ArchConfig(PreTrainedConfig):
     """
 
     keys_to_ignore_at_inference = ["past_key_values"]
-    base_model_tp_plan = {}  # of the mixers; those of the feed-forwards in use are added
+    base_model_tp_plan = {}  # of the mixers; that of the feed-forwards in use is added
     layer_kinds: ClassVar[tuple[str, ...]] = ("full_attention",)  # what `layer_types` may name, the default first
     feed_forward_kinds: ClassVar[tuple[str, ...]] = ("gated", "dense", "sparse")
     pooling: ClassVar[str] = "last"  # what speaks for a text: a decoder's last token, an encoder's first, or "document"
@@ -99,11 +99,21 @@ class ArchConfig(PreTrainedConfig):
             self.layer_types = self.repeated(self.layer_pattern())
         if self.feed_forward_types is None:
             self.feed_forward_types = self.repeated(self.feed_forward_pattern())
-        for kind in dict.fromkeys(self.feed_forward_types):
-            self.base_model_tp_plan = self.base_model_tp_plan | TENSOR_PARALLEL.get(kind, {})
+        self.base_model_tp_plan = self.stack_tp_plan()
         if self.has_experts:
             self.base_model_ep_plan = EXPERT_PARALLEL
         super().__post_init__(**kwargs)
+
+    def mixer_tp_plan(self) -> dict[str, str]:
+        """How the projections of mixers are split over the processes of a tensor-parallel group."""
+        return type(self).base_model_tp_plan
+
+    def stack_tp_plan(self) -> dict[str, str]:
+        """The same of a whole stack: of its mixers, and of the feed-forwards in use."""
+        plan = dict(self.mixer_tp_plan())
+        for kind in self.feed_forward_types:
+            plan |= TENSOR_PARALLEL.get(kind, {})
+        return plan
 
     @property
     def has_experts(self) -> bool:

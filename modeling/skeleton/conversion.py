@@ -110,7 +110,7 @@ class Conversion:
         ValueError names those that are not.
         """
         wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        bare = model.base_model is model
+        bare, left_behind = model.base_model is model, model._keys_to_ignore_on_load_unexpected
         state, origin, misfits, faults = {}, {}, set(), Faults()
         tensors = self.prepare(tensors, fields)
         for stack in self.stacks:
@@ -124,7 +124,7 @@ class Conversion:
                 of_backbone = name.startswith("model.")
                 name = name.removeprefix("model.") if bare else name
                 if name not in wanted:
-                    if of_backbone:
+                    if of_backbone and not any(re.search(left, name) for left in left_behind):
                         faults.add("tensors that the config leaves no place for", source)
                 elif piece.shape != wanted[name]:
                     faults.add("shapes that differ", f"{source} {list(piece.shape)}, not {list(wanted[name])}")

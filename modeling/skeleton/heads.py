@@ -86,14 +86,7 @@ class CausalLM(Head, GenerationMixin):
             output_router_logits=output_router_logits,
             **kwargs,
         )
-        hidden_states, loss, logits = outputs.last_hidden_state, None, None
-        check_labels(labels, hidden_states)
-        if labels is not None and self.training and hidden_states[..., 0].numel() * self.vocab_size > LOGITS_AT_ONCE:
-            loss = chunked_cross_entropy(hidden_states, self.lm_head, labels, **kwargs)
-        else:
-            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
-            if labels is not None:
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        loss, logits = loss_and_logits(self, outputs.last_hidden_state, labels, logits_to_keep, **kwargs)
         aux_loss = self.balance(outputs.router_logits, attention_mask) if outputs.router_logits else None
         if loss is not None and aux_loss is not None:
             loss = loss + self.config.router_aux_loss_coef * share_of_batch(labels, **kwargs) * aux_loss
@@ -235,3 +228,16 @@ class MaskedLM(Head):
 def check_labels(labels: torch.Tensor | None, hidden_states: torch.Tensor) -> None:
     if labels is not None and labels.shape != hidden_states.shape[:2]:
         raise ValueError(f"labels are {list(labels.shape)}, but the tokens {list(hidden_states.shape[:2])}.")
+
+
+def loss_and_logits(
+    model: Head, hidden_states: torch.Tensor, labels: torch.Tensor | None, logits_to_keep: int | torch.Tensor, **kwargs
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What `model.lm_head` makes of the hidden states; a loss in training over many logits is made without them."""
+    check_labels(labels, hidden_states)
+    if labels is not None and model.training and hidden_states[..., 0].numel() * model.vocab_size > LOGITS_AT_ONCE:
+        return chunked_cross_entropy(hidden_states, model.lm_head, labels, **kwargs), None
+    logits = model.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+    if labels is None:
+        return None, logits
+    return model.loss_function(logits=logits, labels=labels, vocab_size=model.config.vocab_size, **kwargs), logits

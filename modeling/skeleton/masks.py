@@ -103,6 +103,25 @@ def key_positions(inputs_embeds, layer_idx: int, attention_mask=None, past_key_v
     return place[:, column.clamp(max=place.shape[1] - 1)]
 
 
+def all_straight(inputs_embeds, attention_mask=None, past_key_values=None, position_ids=None) -> bool:
+    """Whether the last keys are those of the queries, and tokens that see each other are as far apart as their columns:
+    then a bias by distance need not be told their positions. False where it would take tracing, or a wait, to know."""
+    if past_key_values is not None and past_key_values.is_compileable:
+        return False
+    if attention_mask is None and (position_ids is None or past_key_values is None):
+        return True  # where positions do not go on by one, a document begins
+    told = attention_mask if attention_mask is not None else position_ids
+    if told.ndim != 2 or told.device.type != "cpu" or is_tracing(told):
+        return False
+    real = torch.ones_like(position_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if ((real[:, 1:] > real[:, :-1]).sum(-1) + real[:, 0] > 1).any():
+        return False  # padding in the middle
+    if position_ids is None or past_key_values is None:
+        return True
+    counted = count_positions(inputs_embeds, attention_mask, past_key_values)
+    return bool(((position_ids == counted) | ~real[:, -position_ids.shape[1] :]).all())
+
+
 MASKS: dict[str, Callable] = {
     "full_attention": causal(masking_utils.create_causal_mask),
     "sliding_attention": causal(masking_utils.create_sliding_window_causal_mask),

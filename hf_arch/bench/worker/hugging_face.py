@@ -80,3 +80,25 @@ class StaticTransformers(Transformers):
 
     def generate(self, ids, new_tokens, **options):
         return super().generate(ids, new_tokens, cache_implementation="static", **options)
+
+
+class Encoder(HuggingFace):
+    """A model without a head, which learns to answer with zeros."""
+
+    def logits(self, ids):
+        return self.model(input_ids=ids).last_hidden_state
+
+    def loss(self, ids):
+        return self.logits(ids).square().mean()
+
+
+class OurEncoder(Encoder, Ours):
+    pass
+
+
+class T5Encoder(Encoder, Transformers):
+    """Its config has names of its own for two sizes."""
+
+    def build(self, fields, **options):
+        head_dim = fields["hidden_size"] // fields["num_attention_heads"]
+        return super().build(fields | {"d_ff": fields["intermediate_size"], "d_kv": head_dim}, **options)

@@ -1,6 +1,6 @@
 """The Transformer (Vaswani et al., 2017, arXiv:1706.03762) and the choices that later models made in it."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 
@@ -22,6 +22,8 @@ class ArchTransformerConfig(AttentionConfig):
         `"none"`, `"sinusoidal"`, `"learned"`, `"rope"`, `"xpos"`, `"alibi"` or `"t5"`.
     relative_attention_num_buckets, relative_attention_max_distance (`int`):
         Of T5's bias.
+    attention_scaling (`float`, *optional*):
+        What the products of queries and keys are multiplied by, head_dim^-0.5 by default; 1.0 in T5.
     num_hidden_groups (`int`, *optional*):
         Sets of parameters that successive layers share, as in ALBERT (arXiv:1909.11942); by default each has its own.
     feed_forward_types (`list[str]`, *optional*), hidden_act (`str`):
@@ -30,6 +32,11 @@ class ArchTransformerConfig(AttentionConfig):
 
     model_type = "hf_arch_transformer"
     layer_kinds = ("full_attention", "sliding_attention", "bidirectional_attention")
+    layer_kinds_of: ClassVar[dict[str, set[str]]] = {
+        "causal": {"full_attention", "sliding_attention"},
+        "prefix": {"full_attention"},
+        "bidirectional": {"bidirectional_attention"},
+    }
 
     direction: Literal["causal", "bidirectional", "prefix"] = "causal"
     residual_type: Literal["pre_norm", "post_norm", "deep_norm", "parallel"] = "pre_norm"
@@ -37,14 +44,17 @@ class ArchTransformerConfig(AttentionConfig):
     position_type: Literal["none", "sinusoidal", "learned", "rope", "xpos", "alibi", "t5"] = "rope"
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
+    attention_scaling: float | int | None = None
     num_hidden_groups: int | None = None
 
     def __post_init__(self, **kwargs):
         if self.direction == "bidirectional":
             self.use_cache = False
-        if self.position_type in ("alibi", "t5"):  # a bias per head does not follow the heads to their shards
-            self.base_model_tp_plan = {}
         super().__post_init__(**kwargs)
+
+    def mixer_tp_plan(self) -> dict[str, str]:
+        biased = self.position_type in ("alibi", "t5")  # a bias per head does not follow the heads to their shards
+        return {} if biased else super().mixer_tp_plan()
 
     def layer_pattern(self) -> list[str]:
         return ["bidirectional_attention" if self.direction == "bidirectional" else "full_attention"]
@@ -64,15 +74,13 @@ class ArchTransformerConfig(AttentionConfig):
 
     def validate_architecture(self):
         super().validate_architecture()
-        allowed = {
-            "causal": {"full_attention", "sliding_attention"},
-            "prefix": {"full_attention"},
-            "bidirectional": {"bidirectional_attention"},
-        }[self.direction]
+        allowed = self.layer_kinds_of[self.direction]
         if wrong := set(self.layer_types) - allowed:
             raise ValueError(
                 f"direction {self.direction!r} has layers of type {', '.join(sorted(allowed))}, not {', '.join(wrong)}."
             )
+        if self.attention_scaling is not None and self.attention_scaling <= 0:
+            raise ValueError(f"attention_scaling is {self.attention_scaling}; it must be positive.")
         if self.position_type == "sinusoidal" and self.hidden_size % 2:
             raise ValueError(f"position_type 'sinusoidal' needs an even hidden_size, not {self.hidden_size}.")
         if self.position_type == "xpos" and self.max_position_embeddings > 32768:

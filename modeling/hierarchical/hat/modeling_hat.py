@@ -42,7 +42,7 @@ class LevelTables(NamedTuple):
     tables: tuple[torch.Tensor, ...]
 
     rotate = Plain.rotate
-    blocks = Plain.blocks
+    attend = Plain.attend
 
 
 class LevelPositions(NoPositions):
