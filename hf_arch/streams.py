@@ -149,9 +149,12 @@ class Memory:
 
 def empty_memory(model: nn.Module) -> Cache:
     """The cache of a model, wrapped or not, that holds nothing yet. Raises ValueError for one without bounds."""
-    backbone = next((module for module in model.modules() if hasattr(module, "make_cache")), None)
-    if backbone is None:
-        raise ValueError(f"A {type(model).__name__} is not of hf_arch: it has no memory that a trainer could carry.")
+    backbones = [module for module in model.modules() if hasattr(module, "make_cache")]
+    if len(backbones) != 1:
+        raise ValueError(
+            f"A {type(model).__name__} is no decoder of hf_arch, alone: it has no memory that a trainer could carry."
+        )
+    backbone = backbones[0]
     cache = backbone.make_cache()
     if any(isinstance(layer, DynamicLayer) and not layer.is_sliding for layer in cache.layers):
         raise ValueError(

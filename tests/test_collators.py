@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from transformers import DataCollatorForLanguageModeling, DataCollatorWithFlattening, PreTrainedTokenizerFast
 
 from hf_arch.collators import ContrastiveCollator, WholeWordMaskCollator
-from promises import EXACT, some_tokens
+from promises import DECODERS, EXACT, some_tokens
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = ["the", "whale", "##s", "swim", "##ming", "is", "deep", "##er", "than", "a", "ship", "sea"]
@@ -29,7 +29,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @torch.no_grad()
-def test_flattened_documents_are_apart(decoder):
+@pytest.mark.parametrize("case", [case for case in DECODERS if not case.answers], ids=str)
+def test_flattened_documents_are_apart(case):
+    decoder = case.build()
     documents = [some_tokens(1, length, seed=length)[0].tolist() for length in (23, 5, 40, 1)]
     batch = DataCollatorWithFlattening()([{"input_ids": document} for document in documents])
     outputs = decoder(**batch)

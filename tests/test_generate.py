@@ -71,7 +71,10 @@ def test_a_prompt_is_read_in_chunks_and_a_cache_goes_on(decoder, tokens):
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [1, 7, 70])
-def test_a_padded_prompt_is_read_in_chunks(decoder, half_padded, size):
+@pytest.mark.parametrize("case", [case for case in DECODERS if not case.answers], ids=str)
+def test_a_padded_prompt_is_read_in_chunks(case, half_padded, size):
+    """Of an answer's prompt transformers cuts the tokens, and not the mask."""
+    decoder = case.build()
     expected = decoder.generate(**half_padded, **GREEDY)
     for cache in ({}, {"cache_implementation": "static"}):
         found = decoder.generate(**half_padded, **GREEDY, **cache, prefill_chunk_size=size)
