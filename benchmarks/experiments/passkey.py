@@ -45,7 +45,7 @@ EXPERIMENT = Experiment(
         "small": Size(
             shape={"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128}
             | {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 1024},
-            schedule=Schedule(steps=1200, batch=32, learning_rate=3e-3),
+            schedule=Schedule(steps=800, batch=32, learning_rate=1e-3),
             train={"length": 64},
             tests=tests(64, 256, 1024),
             examples=64,

@@ -31,7 +31,7 @@ def different(generator: torch.Generator, batch: int, kinds: int, count: int) ->
     return torch.rand(batch, kinds, generator=generator).argsort(-1)[:, :count]
 
 
-SMALL = {"length": 64, "pairs": 4, "vocabulary": 512}
+SMALL = {"length": 32, "pairs": 4, "vocabulary": 64}
 LARGE = {
     f"{length}, {pairs}": {"length": length, "pairs": pairs, "vocabulary": 8192}
     for length, pairs in ((64, 4), (128, 8), (256, 16), (512, 64))
@@ -51,11 +51,14 @@ EXPERIMENT = Experiment(
     make,
     {
         "small": Size(
-            shape={"vocab_size": 512, "hidden_size": 64, "intermediate_size": 64}
-            | {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 256},
-            schedule=Schedule(steps=1500, batch=32, learning_rate=3e-3),
+            shape={"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64}
+            | {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 128},
+            schedule=Schedule(steps=1000, batch=64, learning_rate=2e-3),
             train=SMALL,
-            tests={"64, 4": SMALL, "64, 8": SMALL | {"pairs": 8}, "128, 4": SMALL | {"length": 128}},
+            tests={
+                f"{length}, {pairs}": SMALL | {"length": length, "pairs": pairs}
+                for length, pairs in ((32, 4), (64, 4), (128, 4), (64, 8))
+            },
             seeds=3,
         ),
         "large": Size(
