@@ -60,7 +60,8 @@ EXPERIMENT = Experiment(
     },
     columns="length at depth",
     note="No numbers are published for models of this size. What must hold: the window finds the key only where it "
-    "reaches it. Guessing is right in 10 %.",
+    "reaches it. That is at 100 %; trained on keys that are mostly out of its reach, the window of the small size is "
+    "right in half of the digits there. Guessing is right in 10 %.",
 )
 
 if __name__ == "__main__":

@@ -77,7 +77,11 @@ EXPERIMENT = Experiment(
         for who, found in WIDTH_64.items()
     },
     note="Trained on the first column alone, while the published models train on each column and keep the best of four "
-    "learning rates; their figures are read off a plot (± 2). Ours have feed-forwards, theirs none.",
+    "learning rates; their figures are read off a plot (± 2). Ours have feed-forwards, theirs none. The small size has "
+    "64 tokens in place of 8192. Most queries come soon: of the columns of the small size 100, 78, 64 and 73 % of the "
+    "answers stand within the 30 tokens that two layers with a window of 16 reach, and the window finds no more than "
+    "these and its guesses. Loss stays where all values of the row are as likely (1.39 nats) for hundreds of steps "
+    "before it falls, so that a model that has not learned the task in this time may learn it in more.",
 )
 
 if __name__ == "__main__":
