@@ -124,7 +124,7 @@ def test_guessing_is_as_good_as_it_should_be(name):
     experiment, size = EXPERIMENTS[name], EXPERIMENTS[name].sizes["small"]
     labels = experiment.make(generator(), 2000, **size.train).labels
     commonest = labels[labels != IGNORED].bincount().max() / (labels != IGNORED).sum()
-    assert commonest < {"recall": 0.02, "duplication": 0.02}.get(name, 0.15)
+    assert commonest < {"recall": 0.05, "duplication": 0.02}.get(name, 0.15)
 
 
 def test_a_text_asks_for_its_next_bytes():

@@ -25,10 +25,10 @@ EXPERIMENT = Experiment(
     {
         "small": Size(
             shape={"vocab_size": 128, "hidden_size": 64, "intermediate_size": 128}
-            | {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 512},
-            schedule=Schedule(steps=1200, batch=32, learning_rate=3e-3),
+            | {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128},
+            schedule=Schedule(steps=800, batch=32, learning_rate=2e-3),
             train={"length": 64, "symbols": 127},
-            tests={str(length): {"length": length, "symbols": 127} for length in (32, 64, 128, 256)},
+            tests={str(length): {"length": length, "symbols": 127} for length in (32, 64, 128)},
             examples=64,
         ),
         "large": Size(
@@ -44,8 +44,10 @@ EXPERIMENT = Experiment(
         "LSH attention, 4 hashes, trained and tested": {"1024": 99.9},
         "LSH attention, 4 hashes, trained as full attention": {"1024": 94.8},
     },
-    note="The published models have one layer, ours two: the first can tell the second which token came before. A "
-    "window that does not reach back half of the length must fail. Guessing is right in 0.8 %.",
+    note="The published models have one layer, ours two: the first can tell the second which token came before. At the "
+    "one length that is trained, copying from half of that length back is enough. What learned no more than this is "
+    "right at no other length: asked at length 128, the rotary model of the small size copies from 31 back, as at 64. "
+    "Two layers with a window of 16 reach 30 back, one too few. Guessing is right in 0.8 %.",
 )
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """`python -m benchmarks.experiments.page` writes EXPERIMENTS.md from what was recorded, beside what was published."""
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,14 +49,14 @@ def ours(runs: Sequence[dict]) -> str:
     for name in dict.fromkeys(run["architecture"] for run in runs):
         mine = [run for run in runs if run["architecture"] == name]
         steps = spread([run["steps"] for run in mine], "{:.0f}")
-        scores = [spread([run["scores"][column] for run in mine], digits(column, mine)) for column in columns]
+        scores = [spread([run["scores"][column] for run in mine], digits(runs)) for column in columns]
         lines.append([f"`{name}`", f"{mine[0]['parameters'] / 1e3:.0f} K", steps, *scores])
     return table(["", "parameters", "steps", *columns], lines)
 
 
-def digits(column: str, runs: Sequence[dict]) -> str:
+def digits(runs: Sequence[dict]) -> str:
     """Percents with one digit behind the point, bits with three."""
-    return "{:.3f}" if max(run["scores"][column] for run in runs) < 10 else "{:.1f}"
+    return "{:.3f}" if max(max(run["scores"].values()) for run in runs) < 10 else "{:.1f}"
 
 
 def spread(values: Sequence[float], form: str) -> str:
@@ -65,16 +66,15 @@ def spread(values: Sequence[float], form: str) -> str:
 
 def settings(runs: Sequence[dict]) -> str:
     """How the runs were made; usually all in the same way."""
-    ways = {}
+    ways, seeds = {}, Counter(run["architecture"] for run in runs)
     for run in runs:
-        ways.setdefault(way(run), []).append(run)
+        ways.setdefault((way(run), seeds[run["architecture"]]), []).append(run)
     parts = []
-    for text, same in ways.items():
+    for (text, count), same in ways.items():
         who = "" if len(ways) == 1 else ", ".join(dict.fromkeys(f"`{run['architecture']}`" for run in same)) + ": "
-        seeds = len({run["seed"] for run in same})
         took = [run["seconds"] for run in same]
         parts.append(
-            f"{who}{text}; {seeds} seed{'s' * (seeds > 1)}, {min(took):.0f} to {max(took):.0f} s of training each."
+            f"{who}{text}; {count} seed{'s' * (count > 1)}, {min(took):.0f} to {max(took):.0f} s of training each."
         )
     return " ".join(parts)
 

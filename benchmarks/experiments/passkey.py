@@ -45,7 +45,7 @@ EXPERIMENT = Experiment(
         "small": Size(
             shape={"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128}
             | {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 1024},
-            schedule=Schedule(steps=1200, batch=32, learning_rate=3e-3),
+            schedule=Schedule(steps=800, batch=32, learning_rate=1e-3),
             train={"length": 64},
             tests=tests(64, 256, 1024),
             examples=64,
@@ -60,7 +60,8 @@ EXPERIMENT = Experiment(
     },
     columns="length at depth",
     note="No numbers are published for models of this size. What must hold: the window finds the key only where it "
-    "reaches it. Guessing is right in 10 %.",
+    "reaches it. That is at 100 %; trained on keys that are mostly out of its reach, the window of the small size is "
+    "right in half of the digits there. Guessing is right in 10 %.",
 )
 
 if __name__ == "__main__":

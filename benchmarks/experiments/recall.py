@@ -31,7 +31,7 @@ def different(generator: torch.Generator, batch: int, kinds: int, count: int) ->
     return torch.rand(batch, kinds, generator=generator).argsort(-1)[:, :count]
 
 
-SMALL = {"length": 64, "pairs": 4, "vocabulary": 512}
+SMALL = {"length": 32, "pairs": 4, "vocabulary": 64}
 LARGE = {
     f"{length}, {pairs}": {"length": length, "pairs": pairs, "vocabulary": 8192}
     for length, pairs in ((64, 4), (128, 8), (256, 16), (512, 64))
@@ -51,11 +51,14 @@ EXPERIMENT = Experiment(
     make,
     {
         "small": Size(
-            shape={"vocab_size": 512, "hidden_size": 64, "intermediate_size": 64}
-            | {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 256},
-            schedule=Schedule(steps=1500, batch=32, learning_rate=3e-3),
+            shape={"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64}
+            | {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 128},
+            schedule=Schedule(steps=1000, batch=64, learning_rate=2e-3),
             train=SMALL,
-            tests={"64, 4": SMALL, "64, 8": SMALL | {"pairs": 8}, "128, 4": SMALL | {"length": 128}},
+            tests={
+                f"{length}, {pairs}": SMALL | {"length": length, "pairs": pairs}
+                for length, pairs in ((32, 4), (64, 4), (128, 4), (64, 8))
+            },
             seeds=3,
         ),
         "large": Size(
@@ -74,7 +77,11 @@ EXPERIMENT = Experiment(
         for who, found in WIDTH_64.items()
     },
     note="Trained on the first column alone, while the published models train on each column and keep the best of four "
-    "learning rates; their figures are read off a plot (± 2). Ours have feed-forwards, theirs none.",
+    "learning rates; their figures are read off a plot (± 2). Ours have feed-forwards, theirs none. The small size has "
+    "64 tokens in place of 8192. Most queries come soon: of the columns of the small size 100, 78, 64 and 73 % of the "
+    "answers stand within the 30 tokens that two layers with a window of 16 reach, and the window finds no more than "
+    "these and its guesses. Loss stays where all values of the row are as likely (1.39 nats) for hundreds of steps "
+    "before it falls, so that a model that has not learned the task in this time may learn it in more.",
 )
 
 if __name__ == "__main__":

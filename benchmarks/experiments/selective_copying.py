@@ -29,11 +29,9 @@ EXPERIMENT = Experiment(
         "small": Size(
             shape={"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128}
             | {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 512},
-            schedule=Schedule(steps=1200, batch=32, learning_rate=3e-3),
-            train={"length": 64, "copied": 8},
-            tests={
-                f"{length}, {copied}": {"length": length, "copied": copied} for length, copied in ((64, 8), (128, 8))
-            },
+            schedule=Schedule(steps=1200, batch=32, learning_rate=2e-3),
+            train={"length": 32, "copied": 4},
+            tests={f"{length}, 4": {"length": length, "copied": 4} for length in (32, 64, 128)},
         ),
         "large": Size(
             shape={"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128}
@@ -54,7 +52,8 @@ EXPERIMENT = Experiment(
         "Hyena in Mamba's block": {"4096, 16": 28.4},
         "Mamba": {"4096, 16": 99.8},
     },
-    note="Guessing is right in 7 % (1 of 14).",
+    note="The small size copies 4 of 32 tokens: who learns this length need not have learned to skip noise at another. "
+    "Guessing is right in 7 % (1 of 14).",
 )
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ class Trained:
     steps: int  # fewer than scheduled if it was solved before
     loss: float  # nats per answer, smoothed over about 20 steps
     curve: list[tuple[int, float]]
-    seconds: float
+    seconds: float  # of the processor; with a GPU, by the clock
 
 
 def answers(model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,7 +60,8 @@ def train(model: nn.Module, make: Make, arguments: dict, schedule: Schedule, see
     device, generator = model.device, torch.Generator().manual_seed(seed)
     fused = device.type == "cuda"
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=fused)
-    smooth, curve, started = None, [], time.perf_counter()
+    clock = time.process_time if device.type == "cpu" else time.perf_counter  # processors are often shared
+    smooth, curve, started = None, [], clock()
     model.train()
     for step in range(schedule.steps):
         for group in optimizer.param_groups:
@@ -78,7 +79,7 @@ def train(model: nn.Module, make: Make, arguments: dict, schedule: Schedule, see
             curve.append((step + 1, smooth.item()))
         if step % 10 == 9 and smooth.item() < schedule.solved:
             break
-    return Trained(step + 1, smooth.item(), curve, time.perf_counter() - started)
+    return Trained(step + 1, smooth.item(), curve, clock() - started)
 
 
 @torch.no_grad()
