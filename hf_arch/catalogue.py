@@ -83,6 +83,15 @@ ARCHITECTURES = (
         paper="arXiv:2307.08621",
         lora_targets=("q_proj", "k_proj", "v_proj", "g_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     ),
+    Architecture(
+        "ssd",
+        "ArchSSD",
+        family="state_space",
+        title="SSD (Mamba-2)",
+        paper="arXiv:2405.21060",
+        lora_targets=("in_proj", "out_proj", "gate_proj", "up_proj", "down_proj"),
+        tiny={"state_size": 8, "n_groups": 2},
+    ),
 )
 
 

@@ -46,9 +46,7 @@ OPS = {
         (6, 8, 5),
         negative=(3,),
     ),
-    "convolution": Op(
-        recurrent_convolution, causal_convolution, ((6,),), (3, 6), fixed=((6, 4), (6,)), chunked=False
-    ),
+    "convolution": Op(recurrent_convolution, causal_convolution, ((6,),), (3, 6), fixed=((6, 4), (6,)), chunked=False),
 }
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
 EXACT = {"atol": 1e-11, "rtol": 1e-10}
@@ -92,9 +90,7 @@ def test_any_chunk_size_and_any_cut_give_the_same(op, length, chunk_size, cut, s
         if part.start:  # an initial state belongs to document 1: the number goes on where the document does
             before = documents[:, :cut].cummax(1).values[:, -1:].clamp(min=1)
             numbers = (numbers - before + 1).clamp(min=0) * (numbers > 0)
-        output, state = op.parallel(
-            *rows, documents=numbers, initial_state=state, output_final_state=True, **options
-        )
+        output, state = op.parallel(*rows, documents=numbers, initial_state=state, output_final_state=True, **options)
         outputs.append(output)
     real = documents > 0
     assert_close(torch.cat(outputs, dim=1)[real], expected[real], **EXACT)

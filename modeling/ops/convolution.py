@@ -32,10 +32,7 @@ def recurrent_convolution(x, weight, bias=None, *, documents=None, initial_state
 def causal_convolution(x, weight, bias=None, *, documents=None, initial_state=None, output_final_state=False):
     """The same answer in parallel."""
     before, length = weight.shape[1] - 1, x.shape[1]
-    if initial_state is None:
-        x = F.pad(x, (0, 0, before, 0))
-    else:
-        x = torch.cat((initial_state.to(x.dtype), x), dim=1)
+    x = F.pad(x, (0, 0, before, 0)) if initial_state is None else torch.cat((initial_state.to(x.dtype), x), dim=1)
     if documents is None:
         y = F.conv1d(x.transpose(1, 2), weight[:, None], bias, groups=len(weight)).transpose(1, 2)
         return y, x[:, length:] if output_final_state else None

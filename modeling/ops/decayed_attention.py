@@ -52,7 +52,7 @@ def chunk_decayed_attention(
 ):
     """The same answer in parallel: attention inside a chunk, the recurrence between chunks. Scores of queries and keys
     are made once for a group."""
-    length, (groups, key_dim), (heads, dim) = query.shape[1], query.shape[2:], value.shape[2:]
+    (length, groups), (heads, dim) = query.shape[1:3], value.shape[2:]
     wide, size = torch.promote_types(query.dtype, torch.float32), min(chunk_size, length)
     with torch.autocast(query.device.type, enabled=False):
         within, into, out_of, across = fading(log_decay.to(wide), documents, size)

@@ -51,7 +51,7 @@ class Backbone(ArchPreTrainedModel):
     """An architecture names the classes that fill the slots; dicts are keyed by the types in the config."""
 
     mixers: ClassVar[dict[str, type[Mixer]]]
-    feed_forwards: ClassVar[dict[str, type[nn.Module] | None]] = {"gated": GatedMLP, "dense": MLP}
+    feed_forwards: ClassVar[dict[str, type[nn.Module] | None]] = {"gated": GatedMLP, "dense": MLP, "none": None}
     residual: ClassVar[type[Residual]] = PreNorm
     views: ClassVar[dict[str, type[View]]] = {}
     positions: ClassVar[type[nn.Module]] = NoPositions
