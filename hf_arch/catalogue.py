@@ -90,7 +90,7 @@ ARCHITECTURES = (
         title="SSD (Mamba-2)",
         paper="arXiv:2405.21060",
         lora_targets=("in_proj", "out_proj", "gate_proj", "up_proj", "down_proj"),
-        tiny={"state_size": 8, "n_groups": 2},
+        tiny={"state_size": 8, "n_groups": 2, "feed_forward_types": ["none", "gated"]},
     ),
 )
 

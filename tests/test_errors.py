@@ -12,7 +12,7 @@ from promises import ROWS
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"hidden_size": 30}, "30 is not a multiple of num_attention_heads 4"),
+        ({"hidden_size": 31}, "31 is not a multiple of num_attention_heads 4"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"vocab_size": "many"}, "vocab_size"),
         ({"hidden_act": "smile"}, "'smile' is unknown"),

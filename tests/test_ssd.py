@@ -82,7 +82,8 @@ def test_the_layout_of_the_authors(tmp_path):
 def test_a_step_that_is_almost_nothing_keeps_the_state_and_adds_nothing():
     """Selection (arXiv:2312.00752, section 3.5): a small step ignores its token, a large one forgets all before."""
     row = find("ssd")
-    mixer = row.load("Model")(row.tiny_config(num_hidden_layers=1, conv_kernel=1)).double().layers[0].mixer
+    config = row.tiny_config(num_hidden_layers=1, conv_kernel=1, feed_forward_types=None)
+    mixer = row.load("Model")(config).double().layers[0].mixer
     hidden = torch.randn(1, 9, 32, dtype=torch.float64)
     with torch.no_grad():
         mixer.dt_bias.fill_(-40.0)

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from hf_arch import lora_config
-from promises import HEADS, ROWS, Case
+from promises import HEADS, ROWS, Case, sums
 
 BATCH = 4
 ONE_LARGE_BATCH = {"atol": 1e-5, "rtol": 1e-4}
@@ -162,8 +162,7 @@ def test_trains_in_bfloat16_with_wide_states(row_case, tmp_path):
     assert {parameter.dtype for parameter in mixed.model.parameters()} == {torch.float32}
     with torch.no_grad(), mixed.compute_loss_context_manager(), mixed.accelerator.autocast():
         outputs = mixed.model.eval()(pad(documents("ForCausalLM", 2))["input_ids"], use_cache=True)
-    states = [state for layer in outputs.past_key_values.layers for state in getattr(layer, "states", {}).values()]
-    assert {state.dtype for state in states} <= {torch.float32}
+    assert {state.dtype for state in sums(outputs.past_key_values)} <= {torch.float32}
 
 
 def test_label_smoothing_smooths_the_next_token(row_case, tmp_path):
