@@ -1,8 +1,9 @@
 """Every op with a state: its parallel form equals its definition, over lengths, chunk edges, padding, packed documents
 and resumed states, and so do their gradients."""
 
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.testing import assert_close
 from hf_arch.modeling.ops.convolution import causal_convolution, recurrent_convolution
 from hf_arch.modeling.ops.decayed_attention import chunk_decayed_attention, recurrent_decayed_attention
 from hf_arch.modeling.ops.retention import chunk_retention, recurrent_retention
+from hf_arch.modeling.ops.selective_scan import chunk_selective_scan, recurrent_selective_scan
 
 BATCH = 2
 
@@ -23,18 +25,20 @@ class Op:
     parallel: Callable
     shapes: tuple[tuple[int, ...], ...]  # of the tensors [batch, length, ...], without these two
     state: tuple[int, ...]
-    fixed: tuple[tuple[int, ...], ...] = ()  # of those that are no sequences
-    negative: tuple[int, ...] = ()  # the tensors that are 0 or less
-    chunked: bool = True
+    fixed: dict[int, tuple[int, ...]] = field(default_factory=dict)  # place -> shape, of those that are no sequences
+    signs: dict[int, int] = field(default_factory=dict)  # of the tensors that are nowhere negative, or positive
+    decays: int | None = None  # the tensor of which a larger number forgets faster
 
     def tensors(self, length: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(length)
-        shapes = [(BATCH, length, *shape) for shape in self.shapes] + list(self.fixed)
+        shapes = [(BATCH, length, *shape) for shape in self.shapes]
+        for place, shape in self.fixed.items():
+            shapes.insert(place, shape)
         made = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-        return [(-x.abs() if n in self.negative else x).to(dtype) for n, x in enumerate(made)]
+        return [(self.signs[n] * x.abs() if n in self.signs else x).to(dtype) for n, x in enumerate(made)]
 
     def cut(self, tensors: list[torch.Tensor], part: slice) -> list[torch.Tensor]:
-        return [x[:, part] if n < len(self.shapes) else x for n, x in enumerate(tensors)]
+        return [x if n in self.fixed else x[:, part] for n, x in enumerate(tensors)]
 
 
 OPS = {
@@ -44,9 +48,19 @@ OPS = {
         chunk_decayed_attention,
         ((2, 8), (2, 8), (6, 5), (6,)),
         (6, 8, 5),
-        negative=(3,),
+        signs={3: -1},
+        decays=3,
     ),
-    "convolution": Op(recurrent_convolution, causal_convolution, ((6,),), (3, 6), fixed=((6, 4), (6,)), chunked=False),
+    "selective_scan": Op(
+        recurrent_selective_scan,
+        chunk_selective_scan,
+        ((6,), (6,), (5,), (5,)),
+        (5, 6),
+        fixed={2: (5, 6)},
+        signs={1: 1, 2: -1},
+        decays=2,
+    ),
+    "convolution": Op(recurrent_convolution, causal_convolution, ((6,),), (3, 6), fixed={1: (6, 4), 2: (6,)}),
 }
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
 EXACT = {"atol": 1e-11, "rtol": 1e-10}
@@ -60,7 +74,7 @@ def some_documents(length: int, seed: int = 7) -> torch.Tensor:
 
 
 @every_op
-@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 130])
+@pytest.mark.parametrize("length", [1, 2, 16, 17, 63, 64, 65, 130, 257])
 @pytest.mark.parametrize("resumed", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_parallel_form_equals_the_definition(op, length, resumed, packed):
@@ -81,7 +95,7 @@ def test_the_parallel_form_equals_the_definition(op, length, resumed, packed):
 def test_any_chunk_size_and_any_cut_give_the_same(op, length, chunk_size, cut, seed):
     tensors, cut, documents = op.tensors(length), min(cut, length), some_documents(length, seed)
     expected, expected_state = op.definition(*tensors, documents=documents, output_final_state=True)
-    options = {"chunk_size": chunk_size} if op.chunked else {}
+    options = {"chunk_size": chunk_size} if "chunk_size" in inspect.signature(op.parallel).parameters else {}
     state, outputs = None, []
     for part in (slice(None, cut), slice(cut, None)):
         rows, numbers = op.cut(tensors, part), documents[:, part]
@@ -117,11 +131,11 @@ def test_gradients_of_the_two_forms_are_equal(op, packed):
 def test_extreme_decays_are_no_trouble(op, far):
     """A memory that never fades, and one that is gone at once."""
     tensors = op.tensors(130, torch.float32)
-    for n in op.negative:
-        tensors[n] = torch.full_like(tensors[n], -far).requires_grad_()
+    if op.decays is not None:
+        tensors[op.decays] = torch.full_like(tensors[op.decays], far * op.signs[op.decays]).requires_grad_()
     output, state = op.parallel(*tensors, output_final_state=True)
     expected, expected_state = op.definition(*tensors, output_final_state=True)
     assert_close(output, expected, atol=1e-3, rtol=1e-4)
     assert_close(state, expected_state, atol=1e-3, rtol=1e-4)
-    for n in op.negative:
-        assert torch.autograd.grad(output.sum(), tensors[n], retain_graph=True)[0].isfinite().all()
+    if op.decays is not None:
+        assert torch.autograd.grad(output.sum(), tensors[op.decays])[0].isfinite().all()
