@@ -84,6 +84,15 @@ ARCHITECTURES = (
         lora_targets=("q_proj", "k_proj", "v_proj", "g_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     ),
     Architecture(
+        "s6",
+        "ArchS6",
+        family="state_space",
+        title="S6 (Mamba)",
+        paper="arXiv:2312.00752",
+        lora_targets=("in_proj", "x_proj", "dt_proj", "out_proj", "gate_proj", "up_proj", "down_proj"),
+        tiny={"state_size": 8, "feed_forward_types": ["none", "gated"]},
+    ),
+    Architecture(
         "ssd",
         "ArchSSD",
         family="state_space",

@@ -1,7 +1,5 @@
 """SSD, the layer of Mamba-2 (Dao and Gu, 2024, arXiv:2405.21060): a state space whose matrix is a number per head."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -10,6 +8,7 @@ from transformers.cache_utils import Cache
 
 from ...layers.mixer import Mixer, carry_on
 from ...layers.short_convolution import ShortConvolution
+from ...layers.steps import initial_step_bias
 from ...ops.decayed_attention import chunk_decayed_attention, recurrent_decayed_attention
 from ...skeleton.backbone import Backbone
 from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
@@ -40,7 +39,7 @@ class SSD(Mixer):
     def __init__(self, config: ArchSSDConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.num_heads, self.n_groups = config.num_attention_heads, config.n_groups
-        self.step_range = config.time_step_min, config.time_step_max, config.time_step_floor
+        self.steps = config.time_step_min, config.time_step_max, config.time_step_floor
         self.step_limit = config.time_step_limit
         inner, shared = config.inner_size, config.n_groups * config.state_size
         self.sizes = inner, inner + 2 * shared, config.num_attention_heads  # gate; x, B and C; step sizes
@@ -55,9 +54,7 @@ class SSD(Mixer):
 
     def init_parameters(self, std: float) -> None:
         """Decays of exp(-dt) to exp(-16 dt); step sizes even in their logarithm."""
-        low, high, floor = self.step_range
-        step = torch.exp(torch.rand(self.num_heads) * math.log(high / low) + math.log(low)).clamp(min=floor)
-        init.copy_(self.dt_bias, step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+        init.copy_(self.dt_bias, initial_step_bias(self.num_heads, *self.steps))
         init.copy_(self.A_log, torch.log(torch.empty(self.num_heads).uniform_(1, 16)))
         init.ones_(self.D)
         init.ones_(self.norm.weight)
