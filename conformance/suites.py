@@ -17,25 +17,28 @@ from .upstream.test_training_mixin import TrainingTesterMixin
 
 MAPPINGS = {
     "Model": "MODEL_MAPPING_NAMES",
+    "EncoderModel": "MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES",
+    "ForConditionalGeneration": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
     "ForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
     "ForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
     "ForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     "ForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
     "ForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "ForMultipleChoice": "MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES",
 }
 
 
 class ModelTester:
     """What the mixins ask for a config, inputs and classes; they also read the fields of the config here."""
 
-    batch_size, seq_length, is_training = 13, 7, True
+    batch_size, seq_length, is_training, num_choices = 13, 7, True, 2
 
     def __init__(self, row: Architecture, heads: tuple[str, ...]):
         self.row, self.heads = row, heads
         config = self.get_config()
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_labels"):
             setattr(self, name, getattr(config, name))
-        self.base_model_class = row.load("Model")
+        self.base_model_class = row.load(heads[0])
         self.causal_lm_class = row.load("ForCausalLM") if "ForCausalLM" in heads else None
 
     def get_config(self):
@@ -44,7 +47,10 @@ class ModelTester:
     def prepare_config_and_inputs_for_common(self):
         input_ids = ids_tensor([self.batch_size, self.seq_length], self.vocab_size)
         attention_mask = torch.tril(torch.ones_like(input_ids)).to(torch_device)  # rows padded on the right
-        return self.get_config(), {"input_ids": input_ids, "attention_mask": attention_mask}
+        config, inputs = self.get_config(), {"input_ids": input_ids, "attention_mask": attention_mask}
+        if config.is_encoder_decoder:
+            inputs |= {"decoder_input_ids": input_ids, "decoder_attention_mask": attention_mask}
+        return config, inputs
 
 
 class Suite(ModelTesterMixin, TrainingTesterMixin):
@@ -55,7 +61,8 @@ class Suite(ModelTesterMixin, TrainingTesterMixin):
 
     def setUp(self):
         self.model_tester = ModelTester(self.row, self.heads)
-        self.config_tester = ConfigTester(self, self.row.load("Config"), hidden_size=self.model_tester.hidden_size)
+        sizes = {name: getattr(self.model_tester, name) for name in ("hidden_size", "num_attention_heads")}
+        self.config_tester = ConfigTester(self, self.row.load("Config"), **sizes)
 
     @property
     def all_model_classes(self) -> tuple[type, ...]:
@@ -66,9 +73,14 @@ class Suite(ModelTesterMixin, TrainingTesterMixin):
         """Whether every layer records the weights of an attention over all tokens."""
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
         config._attn_implementation = "eager"
-        recorded = self.row.load("Model")(config).eval()(**inputs, output_attentions=True).attentions or ()
+        outputs = self.row.load(self.heads[0])(config).eval()(**inputs, output_attentions=True)
+        recorded = outputs.get("decoder_attentions" if config.is_encoder_decoder else "attentions") or ()
         length = self.model_tester.seq_length
         return [tuple(weights.shape[-2:]) for weights in recorded] == [(length, length)] * config.num_hidden_layers
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return self.model_tester.get_config().is_encoder_decoder
 
     def _get_trainable_model_class(self) -> type:
         return self.model_tester.causal_lm_class or self.all_model_classes[-1]
@@ -92,6 +104,8 @@ def open_closed_lists() -> None:
     for row in ARCHITECTURES:
         for head in row.heads:
             getattr(modeling_auto, MAPPINGS[head])[row.model_type] = row.prefix + head
+        if "EncoderModel" in row.heads:  # which has no loss either
+            modeling_auto.MODEL_MAPPING_NAMES[row.model_type] = (f"{row.prefix}Model", f"{row.prefix}EncoderModel")
     test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = None
     test_expert_parallel_mixin.EP_DISTRIBUTED_TEST_MODEL_TYPES = None
     test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None
@@ -102,7 +116,9 @@ def groups_of_heads(row: Architecture) -> list[tuple[str, ...]]:
     groups: dict[str, list[str]] = {}
     for head in row.heads:
         groups.setdefault(repr(row.head_fields.get(head)), []).append(head)
-    return [tuple(dict.fromkeys(("Model", *heads))) for heads in groups.values()]
+    return [
+        tuple(heads if heads[0] == "EncoderModel" else dict.fromkeys(("Model", *heads))) for heads in groups.values()
+    ]
 
 
 def suites() -> dict[str, type[unittest.TestCase]]:

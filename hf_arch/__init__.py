@@ -1,11 +1,47 @@
 """Model architectures for the Hugging Face Hub. `import hf_arch` makes them known to transformers and PEFT."""
 
+import importlib
+
 from hf_arch.catalogue import ARCHITECTURES, Architecture, find, register
 from hf_arch.convert import convert
 from hf_arch.export import export, push_to_hub
 from hf_arch.lora import lora_config, register_targets
+from hf_arch.states import fork, load_state, save_state
 
 register()
 register_targets()
 
-__all__ = ["ARCHITECTURES", "Architecture", "convert", "export", "find", "lora_config", "push_to_hub"]
+LATER = {  # transformers' Trainer and collators take seconds to import
+    "ContrastiveCollator": "collators",
+    "PrefixLMCollator": "collators",
+    "SpanCorruptionCollator": "collators",
+    "Segments": "streams",
+    "StatefulTrainer": "streams",
+    "WholeWordMaskCollator": "collators",
+}
+
+
+def __getattr__(name: str):
+    if name not in LATER:
+        raise AttributeError(f"module 'hf_arch' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"hf_arch.{LATER[name]}"), name)
+
+
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "ContrastiveCollator",
+    "PrefixLMCollator",
+    "Segments",
+    "SpanCorruptionCollator",
+    "StatefulTrainer",
+    "WholeWordMaskCollator",
+    "convert",
+    "export",
+    "find",
+    "fork",
+    "load_state",
+    "lora_config",
+    "push_to_hub",
+    "save_state",
+]

@@ -1,4 +1,4 @@
-"""The code of an architecture as the two files of a Hub repository that load without this package (trust_remote_code).
+"""The code of an architecture as the files of a Hub repository that load without this package (trust_remote_code).
 
 Our sources keep rules that make this a concatenation: imports of our own are relative, name what they take and give
 it no other name; no top-level name is defined twice in `modeling/`.
@@ -71,7 +71,8 @@ source_of = functools.cache(Source)
 
 
 def bundle(row: Architecture) -> dict[str, str]:
-    """The names of the two files, and their texts: the configuration, and the models, which import from it alone.
+    """The names of the files, and their texts: the configuration, the models, which import from it alone, and the
+    processor where there is one.
 
     Raises ValueError where two of the modules that are joined mean different things by one name.
     """
@@ -86,7 +87,10 @@ def bundle(row: Architecture) -> dict[str, str]:
         for module, node in zip(source.needs(), source.ours, strict=True)
         if module in of_config
     ]
-    return {f"{configuration}.py": join(of_config.values()), f"{modeling}.py": join(of_model, taken)}
+    files = {f"{configuration}.py": join(of_config.values()), f"{modeling}.py": join(of_model, taken)}
+    if row.processor:
+        files[f"processing_{row.name}.py"] = join(in_order(f"{where}.processing_{row.name}").values())
+    return files
 
 
 def in_order(module: str, found: dict[str, Source] | None = None) -> dict[str, Source]:

@@ -11,7 +11,9 @@ from hf_arch.catalogue import AUTO_CLASSES, Architecture
 
 PIPELINES = {
     "Model": "feature-extraction",
+    "EncoderModel": "feature-extraction",
     "ForCausalLM": "text-generation",
+    "ForConditionalGeneration": "text2text-generation",
     "ForMaskedLM": "fill-mask",
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",

@@ -8,14 +8,25 @@ import transformers
 
 AUTO_CLASSES = {
     "Model": "AutoModel",
+    "EncoderModel": "AutoModelForTextEncoding",
     "ForCausalLM": "AutoModelForCausalLM",
+    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
     "ForMaskedLM": "AutoModelForMaskedLM",
     "ForSequenceClassification": "AutoModelForSequenceClassification",
     "ForTokenClassification": "AutoModelForTokenClassification",
     "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+    "ForMultipleChoice": "AutoModelForMultipleChoice",
 }
 
 DECODER = ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+ENCODER_DECODER = (
+    "Model",
+    "EncoderModel",
+    "ForConditionalGeneration",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+)
 
 TINY = {
     "vocab_size": 96,
@@ -41,6 +52,7 @@ class Architecture:
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     tiny: dict = field(default_factory=dict)  # fields of its tiny config, beside those that all have
     head_fields: dict[str, dict] = field(default_factory=dict)  # what a head asks of the config
+    processor: bool = False  # whether its folder has a processing_<name>.py, registered with AutoProcessor
     exceptions: dict[str, str] = field(default_factory=dict)  # promise -> the mathematical reason that it cannot hold
 
     @property
@@ -48,10 +60,11 @@ class Architecture:
         return f"hf_arch_{self.name}"
 
     def load(self, suffix: str) -> type:
-        """The class of `suffix`: "Config", "Model" or a head such as "ForCausalLM"."""
-        if suffix not in ("Config", *self.heads):
-            raise ValueError(f"{self.name} has no {suffix}; it has Config, {', '.join(self.heads)}.")
-        kind = "configuration" if suffix == "Config" else "modeling"
+        """The class of `suffix`: "Config", "Model" or a head such as "ForCausalLM", or "Processor"."""
+        suffixes = ("Config", *self.heads, *(("Processor",) if self.processor else ()))
+        if suffix not in suffixes:
+            raise ValueError(f"{self.name} has no {suffix}; it has {', '.join(suffixes)}.")
+        kind = {"Config": "configuration", "Processor": "processing"}.get(suffix, "modeling")
         module = importlib.import_module(f"hf_arch.modeling.{self.family}.{self.name}.{kind}_{self.name}")
         return getattr(module, self.prefix + suffix)
 
@@ -70,6 +83,24 @@ ARCHITECTURES = (
         heads=(*DECODER, "ForMaskedLM"),
         tiny={"num_key_value_heads": 2},
         head_fields={"ForMaskedLM": {"direction": "bidirectional"}},
+        exceptions={
+            "bounded state": "Full attention looks at every earlier key: the cache, and a step, grow with the text.",
+            "linear cost": "Full attention compares all pairs of tokens.",
+        },
+    ),
+    Architecture(
+        "encoder_decoder",
+        "ArchEncoderDecoder",
+        family="dense",
+        title="Encoder-decoder Transformer (T5)",
+        paper="arXiv:1910.10683",
+        heads=ENCODER_DECODER,
+        tiny={"attention_scaling": 1.0},
+        head_fields={
+            head: {"is_encoder_decoder": False}
+            for head in ENCODER_DECODER
+            if head not in ("Model", "ForConditionalGeneration")
+        },
         exceptions={
             "bounded state": "Full attention looks at every earlier key: the cache, and a step, grow with the text.",
             "linear cost": "Full attention compares all pairs of tokens.",
@@ -101,6 +132,29 @@ ARCHITECTURES = (
         lora_targets=("in_proj", "out_proj", "gate_proj", "up_proj", "down_proj"),
         tiny={"state_size": 8, "n_groups": 2, "feed_forward_types": ["none", "gated"]},
     ),
+    Architecture(
+        "mixtral",
+        "ArchMixtral",
+        family="moe",
+        title="Mixtral",
+        paper="arXiv:2401.04088",
+        tiny={"num_key_value_heads": 2, "num_local_experts": 4},
+        exceptions={
+            "bounded state": "Full attention looks at every earlier key: the cache, and a step, grow with the text.",
+            "linear cost": "Full attention compares all pairs of tokens.",
+        },
+    ),
+    Architecture(
+        "hat",
+        "ArchHat",
+        family="hierarchical",
+        title="HAT",
+        paper="arXiv:2210.05529",
+        heads=("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice"),
+        lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"),
+        tiny={"num_hidden_layers": 3, "layer_types": ["level_0", "level_1", "level_0"], "segment_lengths": [16]},
+        processor=True,
+    ),
 )
 
 
@@ -125,6 +179,8 @@ def register() -> None:
         if "ForCausalLM" in row.heads:  # Trainer's label smoothing shifts the labels of the classes named here only
             names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
             names.setdefault(row.model_type, f"{row.prefix}ForCausalLM")
+        if row.processor and config not in transformers.models.auto.processing_auto.PROCESSOR_MAPPING:
+            transformers.AutoProcessor.register(config, row.load("Processor"))
         for head in row.heads:
             auto = getattr(transformers, AUTO_CLASSES[head])
             if config not in auto._model_mapping:

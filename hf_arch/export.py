@@ -13,8 +13,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, PROCESSOR_NAME
 
 from hf_arch.bundle import bundle
 from hf_arch.card import model_card
@@ -33,13 +33,14 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template*",
     "additional_chat_templates",
+    PROCESSOR_NAME,
 )
 
 
 def export(
     model_or_folder: PreTrainedModel | str | Path,
     folder: str | Path,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
     max_shard_size: int | str = "50GB",
 ) -> Path:
     """Write a model of ours, live or saved in a folder, as a checkpoint that loads without hf_arch; answer `folder`.
@@ -51,6 +52,7 @@ def export(
     with staged(folder) as stage:
         write(model, stage, folder.name, tokenizer, max_shard_size)
         bring_along(model_or_folder, stage, with_tokenizer=tokenizer is None)
+        name_processor(stage, row_of(model.config.model_type))
         if (folder / CARD).exists():
             (stage / CARD).unlink()
     return folder
@@ -59,7 +61,7 @@ def export(
 def push_to_hub(
     model_or_folder: PreTrainedModel | str | Path,
     repo_id: str,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = None,
     *,
     private: bool | None = None,
     revision: str | None = None,
@@ -82,6 +84,7 @@ def push_to_hub(
         with TemporaryDirectory() as folder:
             write(model, Path(folder), repo.repo_id, tokenizer, max_shard_size)
             bring_along(model_or_folder, Path(folder), with_tokenizer=tokenizer is None)
+            name_processor(Path(folder), row_of(model.config.model_type))
             there = set(api.list_repo_files(repo.repo_id, revision=revision))
             operations = changes(Path(folder), there)
             api.create_commit(repo.repo_id, operations, commit_message=commit_message, revision=revision)
@@ -151,6 +154,15 @@ def bring_along(source: PreTrainedModel | str | Path, folder: Path, with_tokeniz
         if path.name == CARD or (with_tokenizer and any(path.match(pattern) for pattern in TOKENIZER_FILES)):
             copy = shutil.copytree if path.is_dir() else shutil.copyfile
             copy(path, folder / path.name)
+
+
+def name_processor(folder: Path, row: Architecture) -> None:
+    """Say in the processor's own file, if there is one, where its code is."""
+    path = folder / PROCESSOR_NAME
+    if row.processor and path.exists():
+        fields = json.loads(path.read_text())
+        fields["auto_map"] = {"AutoProcessor": f"processing_{row.name}.{row.prefix}Processor"}
+        path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
 def changes(folder: Path, there: set[str]) -> list[CommitOperationAdd | CommitOperationDelete]:

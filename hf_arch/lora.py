@@ -6,10 +6,12 @@ from peft.utils import constants
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_arch.catalogue import ARCHITECTURES, find
+from hf_arch.catalogue import ARCHITECTURES, Architecture, find
 
+ROUTER = "gate"  # of sparse feed-forwards, which any architecture may have
 TASKS = {
     "ForCausalLM": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
@@ -22,17 +24,22 @@ def register_targets() -> None:
     projecting = [mapping for mapping in named.values() if mapping.get("llama") == ["q_proj", "v_proj"]]  # LoRA's kin
     for row in ARCHITECTURES:
         for mapping in projecting:
-            mapping.setdefault(row.model_type, list(row.lora_targets))
+            mapping.setdefault(row.model_type, targets(row))
         scaled = ["k_proj", "v_proj", "down_proj"] if "v_proj" in row.lora_targets else list(row.lora_targets)
         constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING.setdefault(row.model_type, scaled)
         constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.setdefault(row.model_type, ["down_proj"])
+
+
+def targets(row: Architecture) -> list[str]:
+    """The modules that adapters reach by default: those of the row, and routers."""
+    return [*row.lora_targets, ROUTER]
 
 
 def lora_config(model_or_config: PreTrainedModel | PreTrainedConfig, **overrides) -> LoraConfig:
     """A `peft.LoraConfig` with the architecture's default targets, its stacked expert weights, and the head's task.
 
     `overrides` are fields of LoraConfig (`r`, `lora_alpha`, `target_modules`, ...). Raises ValueError for a model that
-    is not of hf_arch. Example: `get_peft_model(model, hf_arch.lora_config(model, r=16))`.
+    is not of hf_arch, and for dropout on experts. Example: `get_peft_model(model, hf_arch.lora_config(model, r=16))`.
     """
     config = getattr(model_or_config, "config", model_or_config)
     row = find(config.model_type)
@@ -40,7 +47,12 @@ def lora_config(model_or_config: PreTrainedModel | PreTrainedConfig, **overrides
     if not isinstance(model, nn.Module):
         with torch.device("meta"):
             model = row.load("Model")(config)
-    fields = {"target_modules": list(row.lora_targets), "target_parameters": stacked_experts(model) or None}
+    fields = {"target_modules": targets(row), "target_parameters": stacked_experts(model) or None}
+    if overrides.get("lora_dropout") and (fields | overrides)["target_parameters"]:
+        raise ValueError(
+            "Adapters of stacked experts take no dropout: leave lora_dropout at 0, or the experts as they are with "
+            "target_parameters=None."
+        )
     fields["task_type"] = TASKS.get(type(model).__name__.removeprefix(row.prefix))
     return LoraConfig(**(fields | overrides))
 

@@ -31,14 +31,34 @@ def staged(folder: str | Path) -> Iterator[Path]:
     folder = Path(folder).resolve()
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; a checkpoint is a folder.")
-    remove_abandoned_stages(folder)
-    stage = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.stage")
+    stage = stage_beside(folder)
     stage.mkdir(parents=True)
     try:
         yield stage
         publish(stage, folder)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextmanager
+def staged_file(path: str | Path) -> Iterator[Path]:
+    """The name of a file to write; when the block ends well, it takes the place of `path`, in one step."""
+    path = Path(path).resolve()
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stage = stage_beside(path)
+    try:
+        yield stage
+        os.replace(stage, path)
+    finally:
+        stage.unlink(missing_ok=True)
+
+
+def stage_beside(target: Path) -> Path:
+    """A fresh name beside `target`, of this process."""
+    remove_abandoned_stages(target)
+    return target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.stage")
 
 
 def publish(stage: Path, folder: Path) -> None:
@@ -112,12 +132,12 @@ def name_shards_apart(stage: Path, folder: Path) -> None:
 
 
 def remove_abandoned_stages(folder: Path) -> None:
-    """Remove what killed processes left of their stages for `folder`; the process is in a stage's name."""
+    """Remove what killed processes left of their stages for `folder`, or a file; the process is in a stage's name."""
     stage_name = re.compile(rf"\.{re.escape(folder.name)}\.(\d+)-[0-9a-f]{{8}}\.stage")
     for path in folder.parent.iterdir() if folder.parent.exists() else ():
         found = stage_name.fullmatch(path.name)
         if found and not is_running(int(found[1])):
-            shutil.rmtree(path)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def is_running(process: int) -> bool:

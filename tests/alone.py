@@ -26,6 +26,8 @@ def ask_alone(jobs: dict[str, dict], folder: Path, **environment: str) -> dict[s
 def answer(model) -> dict[str, torch.Tensor]:
     """What a model says to fixed tokens, and how it goes on."""
     inputs = {"input_ids": torch.arange(1, 49).view(2, 24)}
+    if type(model).__name__.endswith("ForMultipleChoice"):
+        inputs = {"input_ids": inputs["input_ids"][None]}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"][:, :7]
     said = {name: value for name, value in model.eval()(**inputs).items() if isinstance(value, torch.Tensor)}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_arch import ARCHITECTURES
-from promises import DECODERS, ENCODERS, HEADS, ROWS, some_tokens
+from promises import DECODERS, ENCODERS, HEADS, MODELS, ROWS, some_tokens
 
 ROW_LIMIT = 40  # seconds of processor time that all tests of a row may take: the suite has to hold many rows
 spent: Counter[str] = Counter()
@@ -54,7 +54,13 @@ def tokens() -> torch.Tensor:
 
 @pytest.fixture(params=ROWS, ids=str)
 def row_case(request):
-    """Every causal row of the catalogue."""
+    """Every row of the catalogue that writes text."""
+    return request.param
+
+
+@pytest.fixture(params=MODELS, ids=str)
+def model_case(request):
+    """Every row, with the head that names its tokens."""
     return request.param
 
 
@@ -66,13 +72,13 @@ def head_case(request):
 
 @pytest.fixture(params=DECODERS, ids=str)
 def decoder_case(request):
-    """Every causal row, and the laboratory's choices."""
+    """Every row that writes text, and the laboratory's choices."""
     return request.param
 
 
 @pytest.fixture
 def decoder(decoder_case):
-    return decoder_case.build()
+    return decoder_case.decoder()
 
 
 @pytest.fixture(params=ENCODERS, ids=str)

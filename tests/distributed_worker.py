@@ -29,23 +29,34 @@ from transformers import Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from hf_arch.modeling.skeleton import heads, loss
-from promises import DECODERS, EXACT, ROWS, Case, some_tokens
+from hf_arch.modeling.skeleton.backbone import Backbone
+from hf_arch.streams import Segments, StatefulTrainer
+from promises import DECODERS, EXACT, MODELS, ROWS, Case, some_tokens
 from training_buffer_toy import ToyConfig, ToyForCausalLM, buffers
 
-CASES = [*ROWS, *(case for case in DECODERS if case.variant in ("t5", "shared"))]
+CASES = [*MODELS, *(case for case in DECODERS if case.variant in ("t5", "shared"))]
 CASES.append(Case(ROWS[0].row, "ForCausalLM", "tied", {"tie_word_embeddings": True, "attention_bias": True}))
-SPLIT = {"colwise": 0, "colwise_gather_output": 0, "embedding_rowwise": 0, "rowwise": 1}  # dimension of the weight
+# The dimension of the weight that each style splits; other styles hook a module and split nothing
+SPLIT = {"colwise": -2, "colwise_gather_output": -2, "packed_colwise": -2, "embedding_rowwise": -2, "rowwise": -1}
+SPLIT |= {"grouped_gemm": 0}
+HOOKS = ("moe_tp_experts", "ep_dispatch_experts")
 
 
 def share(batch: torch.Tensor) -> torch.Tensor:
     return batch.chunk(dist.get_world_size())[dist.get_rank()]
 
 
+def inputs_of(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor | bool]:
+    """What the model reads: a text, or a source and an answer."""
+    answers = getattr(model, "module", model).config.is_encoder_decoder
+    return {"input_ids": ids, "use_cache": False} | ({"decoder_input_ids": ids} if answers else {})
+
+
 def learn(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """Adds to the gradients; the logits come from another pass, since a loss in chunks makes none."""
     with torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False).logits
-    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        logits = model(**inputs_of(model, ids)).logits
+    model(**inputs_of(model, ids), labels=ids).loss.backward()
     return logits
 
 
@@ -53,9 +64,12 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def assert_gradients(model: nn.Module, reference: nn.Module) -> None:
+def assert_gradients(model: nn.Module, reference: nn.Module, of_experts: float = 1.0) -> None:
+    """`of_experts`: what those of experts are multiplied by."""
+    expected = {name: weight.grad for name, weight in reference.named_parameters()}
+    expected = {name: grad * of_experts if ".experts." in name else grad for name, grad in expected.items()}
     found = {name.removeprefix("module."): whole(weight.grad) for name, weight in model.named_parameters()}
-    assert_close(found, {name: weight.grad for name, weight in reference.named_parameters()}, **EXACT)
+    assert_close(found, expected, **EXACT)
 
 
 def single(case: Case, ids: torch.Tensor) -> tuple[nn.Module, torch.Tensor]:
@@ -74,17 +88,22 @@ def data_parallel(case: Case, folder: Path) -> None:
     assert_gradients(model, reference)
 
 
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """Those of its stack, or of both."""
+    return [layer for stack in model.modules() if isinstance(stack, Backbone) for layer in stack.layers]
+
+
 def by_hand(model: nn.Module) -> nn.Module:
     """Each layer by itself, then the rest."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer in model.model.layers:
+    for layer in layers_of(model):
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
 def assert_sharded(model: nn.Module) -> None:
     assert isinstance(model, FSDPModule)
-    assert {type(layer).__name__ for layer in model.model.layers} == {"FSDPLayer"}
+    assert {type(layer).__name__ for layer in layers_of(model)} == {"FSDPLayer"}
     for name, weight in model.named_parameters():
         assert isinstance(weight, DTensor), name
         rows = [len(part) for part in torch.arange(len(weight)).chunk(dist.get_world_size())] + [0]
@@ -109,7 +128,7 @@ def fully_sharded(case: Case, folder: Path) -> None:
     dcp.load(state := get_model_state_dict(other), checkpoint_id=folder / "dcp")
     other.load_state_dict(state)
     with torch.no_grad():
-        assert_close(other(share(ids)).logits, share(logits), **EXACT)
+        assert_close(other(**inputs_of(other, share(ids))).logits, share(logits), **EXACT)
 
 
 def loaded(case: Case, folder: Path, **sizes: int) -> nn.Module:
@@ -132,9 +151,8 @@ def fully_sharded_by_transformers(case: Case, folder: Path) -> None:
 
 def assert_split(model: nn.Module, plan: dict[str, str]) -> None:
     """Every rule of the plan names some weights, of which a process holds the half that the rule says."""
-    assert [rule for rule in plan if rule.endswith("down_proj")]
-    for rule, style in plan.items():
-        named = re.compile(re.escape(rule).replace(r"\*", r"\d+") + r"\.weight").fullmatch
+    for rule, style in ((rule, style) for rule, style in plan.items() if style not in HOOKS):
+        named = re.compile(re.escape(rule).replace(r"\*", r"\d+") + r"(\.weight)?").fullmatch
         weights = {name: weight for name, weight in model.named_parameters(remove_duplicate=False) if named(name)}
         assert weights, f"{rule} names nothing"
         for name, weight in weights.items():
@@ -147,7 +165,33 @@ def tensor_parallel(case: Case, folder: Path) -> None:
     ids = some_tokens()
     reference, logits = single(case, ids)
     model = loaded(case, folder, tp_size=dist.get_world_size()).train()
+    assert [rule for rule in model.tp_plan if rule.endswith("down_proj")]
     assert_split(model, model.tp_plan)
+    assert_close(learn(model, ids), logits, **EXACT)
+    assert_gradients(model, reference)
+    if model.can_generate():
+        answer = model.eval().generate(ids, max_new_tokens=6, do_sample=False)
+        assert_close(answer, reference.eval().generate(ids, max_new_tokens=6, do_sample=False))
+    model.save_pretrained(folder / "again")
+    dist.barrier()
+    again = case.row.load(case.head).from_pretrained(folder / "again", dtype=torch.float64)
+    assert_close(again.state_dict(), reference.state_dict(), atol=0, rtol=0)
+
+
+def assert_experts_dealt_out(model: nn.Module) -> None:
+    """Every process holds whole experts, its share of them."""
+    assert_split(model, model.ep_plan)
+    for layer in model.model.layers:
+        assert layer.feed_forward.experts.num_experts == model.config.num_local_experts // dist.get_world_size()
+
+
+def expert_parallel(case: Case, folder: Path) -> None:
+    """Attention split, experts dealt out, one batch."""
+    ids, size = some_tokens(), dist.get_world_size()
+    reference, logits = single(case, ids)
+    model = loaded(case, folder, tp_size=size, ep_size=size).train()
+    assert_split(model, {rule: style for rule, style in model.tp_plan.items() if ".experts" not in rule})
+    assert_experts_dealt_out(model)
     assert_close(learn(model, ids), logits, **EXACT)
     assert_gradients(model, reference)
     answer = model.eval().generate(ids, max_new_tokens=6, do_sample=False)
@@ -156,6 +200,17 @@ def tensor_parallel(case: Case, folder: Path) -> None:
     dist.barrier()
     again = case.row.load(case.head).from_pretrained(folder / "again", dtype=torch.float64)
     assert_close(again.state_dict(), reference.state_dict(), atol=0, rtol=0)
+
+
+def expert_and_data_parallel(case: Case, folder: Path) -> None:
+    """Experts dealt out, each process with a batch of its own. transformers 5.23 divides the gradients of experts by
+    the number of batches twice where an expert is in one process only."""
+    ids, size = some_tokens(batch=4), dist.get_world_size()
+    reference, logits = single(case, ids)
+    model = loaded(case, folder, fsdp_size=size, ep_size=size).train()
+    assert_experts_dealt_out(model)
+    assert_close(learn(model, share(ids)), share(logits), **EXACT)
+    assert_gradients(model, reference, of_experts=1 / size)
 
 
 def toy() -> nn.Module:
@@ -199,11 +254,8 @@ def retnet() -> nn.Module:
     return next(case for case in ROWS if case.row.name == "retnet").build()
 
 
-def make_trainer(folder: Path, model: nn.Module, batch_size: int, **options) -> Trainer:
-    """Rows of which unequal parts are asked for, so that a mean of the processes' means would show."""
-    ids = some_tokens(32, 12).remainder(32)
-    labels = torch.where(torch.arange(12) < torch.arange(32)[:, None] % 8, -100, ids)
-    arguments = TrainingArguments(
+def arguments(folder: Path, batch_size: int, **options) -> TrainingArguments:
+    return TrainingArguments(
         output_dir=str(folder),
         max_steps=4,
         save_steps=2,
@@ -215,15 +267,27 @@ def make_trainer(folder: Path, model: nn.Module, batch_size: int, **options) -> 
         disable_tqdm=True,
         **options,
     )
+
+
+def make_trainer(folder: Path, model: nn.Module, **options) -> Trainer:
+    """Rows of which unequal parts are asked for, so that a mean of the processes' means would show."""
+    ids = some_tokens(32, 12).remainder(32)
+    labels = torch.where(torch.arange(12) < torch.arange(32)[:, None] % 8, -100, ids)
     rows = [{"input_ids": row, "labels": label} for row, label in zip(ids, labels, strict=True)]
-    return Trainer(model=model, args=arguments, train_dataset=rows)
+    return Trainer(model=model, args=arguments(folder, **options), train_dataset=rows)
 
 
-def trainer(build: Callable[[], nn.Module], folder: Path) -> None:
+def make_stateful(folder: Path, model: nn.Module, **options) -> StatefulTrainer:
+    """Texts of unequal lengths, as four streams."""
+    texts = [some_tokens(1, 9 + 7 * (number % 5), seed=number)[0].remainder(32).tolist() for number in range(12)]
+    return StatefulTrainer(model, arguments(folder, **options), train_dataset=Segments(texts, 6, rows=4))
+
+
+def trainer(build: Callable[[], nn.Module], make: Callable, folder: Path) -> None:
     """The result is kept, for a process without company to compare with."""
-    folder = folder / f"trainer-{build.__name__}"
+    folder = folder / f"{make.__name__}-{build.__name__}"
     options = {"batch_size": 2, "ddp_backend": "gloo", "ddp_find_unused_parameters": False}
-    trained, resumed = make_trainer(folder, build(), **options), make_trainer(folder / "resumed", build(), **options)
+    trained, resumed = make(folder, build(), **options), make(folder / "resumed", build(), **options)
     trained.train()
     assert isinstance(trained.model_wrapped, DistributedDataParallel)
     assert_equal_everywhere(trained.model.state_dict())
@@ -232,7 +296,12 @@ def trainer(build: Callable[[], nn.Module], folder: Path) -> None:
     trained.save_model(str(folder / "joint"))
 
 
-CHECKS = (data_parallel, fully_sharded, fully_sharded_by_transformers, tensor_parallel)
+def checks_of(case: Case) -> tuple[Callable[[Case, Path], None], ...]:
+    checks = data_parallel, fully_sharded, fully_sharded_by_transformers, tensor_parallel
+    return (*checks, expert_parallel, expert_and_data_parallel) if case.config().has_experts else checks
+
+
+TRAINERS = ((toy, make_trainer), (retnet, make_trainer), (retnet, make_stateful))
 CHUNKED = (fully_sharded, tensor_parallel)
 
 
@@ -257,8 +326,11 @@ def main(folder: Path, names: list[str]) -> None:
     store.set_timeout(patience)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=patience)
     cases = [case for case in CASES if str(case) in names]
-    tasks = [(str(case), check, (case, folder / f"{case}-{check.__name__}")) for case in cases for check in CHECKS]
-    tasks += [("toy", training_buffers, ()), ("toy", trainer, (toy, folder)), ("retnet", trainer, (retnet, folder))]
+    tasks = [
+        (str(case), check, (case, folder / f"{case}-{check.__name__}")) for case in cases for check in checks_of(case)
+    ]
+    tasks += [("toy", training_buffers, ())]
+    tasks += [(f"{make.__name__} of {build.__name__}", trainer, (build, make, folder)) for build, make in TRAINERS]
     tasks += [(f"{check.__name__} in chunks", in_chunks, (check, CASES[0], folder / "chunks")) for check in CHUNKED]
     report: dict[str, dict[str, str]] = {}
     for name, check, args in tasks:

@@ -6,12 +6,15 @@ faults hide below any tolerance. They are in float64, so that what should be equ
 
 import contextlib
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import nn
+from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from hf_arch import ARCHITECTURES, Architecture
+from hf_arch.modeling.layers.experts import TopKRouter
 
 VARIANTS = {
     "transformer": {
@@ -29,7 +32,24 @@ VARIANTS = {
         "shared": {"num_hidden_groups": 1, "num_hidden_layers": 3, "hidden_act": "gelu"},
         "yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}},
         "prefix": {"direction": "prefix"},
-    }
+        "sparse": {"feed_forward_types": ["gated", "sparse"], "num_local_experts": 4, "moe_intermediate_size": 24},
+    },
+    "retnet": {"sparse": {"feed_forward_types": ["sparse"] * 2, "num_local_experts": 4, "num_experts_per_tok": 1}},
+    "mixtral": {"sliding": {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9}},
+    "hat": {
+        "one_level": {"segment_lengths": [], "layer_types": ["level_0"] * 3},
+        "three_levels": {"segment_lengths": [5, 4], "num_hidden_layers": 5}
+        | {"layer_types": ["level_0", "level_1", "level_2", "level_1", "level_0"]},
+    },
+    "encoder_decoder": {
+        "vaswani": {"position_type": "sinusoidal", "residual_type": "post_norm", "norm_type": "layer_norm"}
+        | {"feed_forward_types": ["dense"] * 2, "hidden_act": "relu", "attention_bias": True, "mlp_bias": True},
+        "deep_norm": {"residual_type": "deep_norm", "norm_type": "layer_norm", "tie_word_embeddings": True},
+        "parallel": {"residual_type": "parallel", "position_type": "alibi", "num_key_value_heads": 2},
+        "sliding": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 9}
+        | {"position_type": "rope", "attention_scaling": None},
+        "shared": {"num_hidden_groups": 1, "position_type": "learned", "scale_logits": True},
+    },
 }
 
 
@@ -52,6 +72,11 @@ class Case:
     def __str__(self) -> str:
         return f"{self.row.name}-{self.variant or self.head}"
 
+    @property
+    def answers(self) -> bool:
+        """Whether the head reads a source and writes an answer to it."""
+        return self.head == "ForConditionalGeneration"
+
     def config(self, **overrides):
         return self.row.tiny_config(self.head, **({"initializer_range": 0.2} | self.fields | overrides))
 
@@ -64,8 +89,68 @@ class Case:
                     parameter.add_(0.3 * torch.randn_like(parameter))
         return model.to(dtype)
 
+    def decoder(self, **options) -> nn.Module:
+        """The model as one that goes on with a text: of an answer, where there is a source."""
+        model = self.build(**options)
+        return Answering(model) if self.answers else model
 
-ROWS = [Case(row, "ForCausalLM") for row in ARCHITECTURES if "ForCausalLM" in row.heads]
+
+class Answering(nn.Module):
+    """An encoder-decoder as the decoder of one source. Packed answers have as many copies of the source, packed."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.config = model, model.config
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+    def source(self, batch: int, copies: int = 1) -> dict[str, torch.Tensor]:
+        told = {"input_ids": some_tokens(1, 20, seed=9).repeat(batch, copies)}
+        return told | {"position_ids": torch.arange(20).repeat(copies)[None].expand(batch, -1)}
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, **told):
+        copies = 1
+        if position_ids is not None:
+            real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            copies += int(((position_ids.diff() != 1) & (real[:, 1:] + real[:, :-1] == 2))[0].sum())
+        answer = {"decoder_attention_mask": attention_mask, "decoder_position_ids": position_ids}
+        return self.model(**self.source(len(input_ids), copies), decoder_input_ids=input_ids, **answer, **told)
+
+    def generate(self, input_ids, attention_mask=None, **options):
+        answer = {"decoder_input_ids": input_ids, "decoder_start_token_id": input_ids[:, 0].tolist()}
+        if "past_key_values" in options:  # generate() finds by the mask how much of the answer a cache has read
+            attention_mask = torch.ones_like(input_ids)
+        if attention_mask is not None:
+            answer["decoder_attention_mask"] = attention_mask
+        return self.model.generate(**self.source(len(input_ids)), **answer, **options)
+
+
+def new_cache(model: nn.Module) -> Cache:
+    """An empty one, to go on with."""
+    cache = DynamicCache(config=model.config)
+    return EncoderDecoderCache(cache, DynamicCache()) if model.config.is_encoder_decoder else cache
+
+
+def cache_layers_of(cache: Cache) -> list:
+    """Those that hold what was read of the text itself."""
+    return getattr(cache, "self_attention_cache", cache).layers
+
+
+ROWS = [
+    Case(row, head)
+    for row in ARCHITECTURES
+    for head in ("ForCausalLM", "ForConditionalGeneration")
+    if head in row.heads
+]
+MODELS = ROWS + [
+    Case(row, "ForMaskedLM")
+    for row in ARCHITECTURES
+    if not {"ForCausalLM", "ForConditionalGeneration"} & {*row.heads} and "ForMaskedLM" in row.heads
+]
 HEADS = [Case(row, head) for row in ARCHITECTURES for head in row.heads]
 DECODERS = [
     *ROWS,
@@ -76,12 +161,26 @@ DECODERS = [
     ),
 ]
 ENCODERS = [Case(row, "ForMaskedLM") for row in ARCHITECTURES if "ForMaskedLM" in row.heads]
+BIDIRECTIONAL = {f"bidirectional_{name}": VARIANTS["transformer"][name] for name in ("vaswani", "alibi", "t5")}
 ENCODERS += [
-    Case(case.row, case.head, f"bidirectional_{name}", VARIANTS["transformer"][name])
+    Case(case.row, case.head, name, fields)
     for case in ENCODERS
-    for name in ("vaswani", "alibi", "t5")
-    if case.row.name == "transformer"
+    for name, fields in (BIDIRECTIONAL if "ForCausalLM" in case.row.heads else VARIANTS.get(case.row.name, {})).items()
 ]
+
+
+@contextlib.contextmanager
+def held_choices():
+    """Each router chooses the experts that it chose first for as many tokens: a choice that a rounding error turns says
+    nothing of precision."""
+    held, choose = {}, TopKRouter.choose
+
+    def first_choice(self, scores):
+        return held.setdefault((self, len(scores)), choose(self, scores))
+
+    with patch.object(TopKRouter, "choose", first_choice):
+        yield
+
 
 EXACT = {"atol": 1e-8, "rtol": 1e-8}
 LENGTH = 70
@@ -94,7 +193,7 @@ def some_tokens(batch: int = 2, length: int = LENGTH, seed: int = 1) -> torch.Te
 
 def sums(past_key_values) -> list[torch.Tensor]:
     """The states that add up what was read. Those of convolutions hold copies of it, in its own type."""
-    named = [item for layer in past_key_values.layers for item in getattr(layer, "states", {}).items()]
+    named = [item for layer in cache_layers_of(past_key_values) for item in getattr(layer, "states", {}).items()]
     return [state for name, state in named if name != "convolution"]
 
 
@@ -105,6 +204,10 @@ def inputs_and_labels(case: Case, model: nn.Module) -> dict[str, torch.Tensor]:
         return {"input_ids": tokens, "start_positions": torch.tensor([3, 9]), "end_positions": torch.tensor([5, 60])}
     if case.head == "ForSequenceClassification":
         return {"input_ids": tokens, "labels": torch.tensor([0, 1])}
+    if case.head == "ForMultipleChoice":
+        return {"input_ids": some_tokens(4).view(2, 2, -1), "labels": torch.tensor([0, 1])}
     if case.head == "ForTokenClassification":
         return {"input_ids": tokens, "labels": tokens % 2}
-    return {"input_ids": tokens} if case.head == "Model" else {"input_ids": tokens, "labels": tokens}
+    if case.head == "Model" and model.config.is_encoder_decoder:
+        return {"input_ids": tokens, "decoder_input_ids": tokens[:, :30]}
+    return {"input_ids": tokens} | ({} if case.head in ("Model", "EncoderModel") else {"labels": tokens})

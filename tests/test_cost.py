@@ -26,8 +26,8 @@ def operations(model, tokens) -> int:
 
 
 @torch.no_grad()
-def test_operations_and_memory_are_linear_in_the_length(row_case):
-    model = tiny(row_case)
+def test_operations_and_memory_are_linear_in_the_length(model_case):
+    model = tiny(model_case)
 
     def flops(length):
         return operations(model, torch.full((1, length), 5))
@@ -45,7 +45,7 @@ def test_operations_and_memory_are_linear_in_the_length(row_case):
             model(torch.full((1, length), 5), use_cache=False)
         return max(sizes)
 
-    with row_case.keeps("linear cost"):
+    with model_case.keeps("linear cost"):
         assert exponent(flops) < 1.05
         assert exponent(largest) < 1.05
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from distributed_worker import CASES, CHECKS, CHUNKED, make_trainer, retnet, toy
+from distributed_worker import CASES, CHUNKED, TRAINERS, checks_of
 from filelock import FileLock
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -56,8 +56,9 @@ def assert_passed(folder: Path, case: str, check: str) -> None:
     assert not told, told
 
 
-@pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
-@pytest.mark.parametrize("distributed_case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "distributed_case, check", [(case, check.__name__) for case in CASES for check in checks_of(case)], ids=str
+)
 def test_two_processes_are_one(folder, distributed_case, check):
     assert_passed(folder, str(distributed_case), check)
 
@@ -71,10 +72,11 @@ def test_training_buffers_are_alike_and_those_of_one_process(folder):
     assert_passed(folder, "toy", "training_buffers")
 
 
-@pytest.mark.parametrize("build", [toy, retnet])
-def test_a_trainer_in_two_processes_is_one_with_large_batches(folder, build, tmp_path):
-    assert_passed(folder, build.__name__, "trainer")
-    alone = make_trainer(tmp_path, build(), batch_size=4)
+@pytest.mark.parametrize("build, make", TRAINERS)
+def test_a_trainer_in_two_processes_is_one_with_large_batches(folder, build, make, tmp_path):
+    """Each process of a StatefulTrainer has streams and a memory of its own."""
+    assert_passed(folder, f"{make.__name__} of {build.__name__}", "trainer")
+    alone = make(tmp_path, build(), batch_size=4)
     alone.train()
-    joint = load_file(folder / f"trainer-{build.__name__}" / "joint" / "model.safetensors")
+    joint = load_file(folder / f"{make.__name__}-{build.__name__}" / "joint" / "model.safetensors")
     assert_close(joint, alone.model.state_dict(), atol=1e-7, rtol=1e-6)

@@ -1,11 +1,14 @@
 """Promise 5: generate() gives what the model's own forward says, by every cache and strategy, in bounded memory."""
 
+import copy
+
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import CompileConfig, DynamicCache
+from transformers import CompileConfig
 
-from promises import DECODERS, EXACT, ROWS
+from hybrid_toy import FULL, WINDOWED
+from promises import DECODERS, EXACT, ROWS, cache_layers_of, new_cache
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
 
@@ -44,7 +47,7 @@ def test_strategies_do_not_depend_on_the_cache(decoder, half_padded, strategy):
 @torch.no_grad()
 @pytest.mark.parametrize("case", [*ROWS, *(case for case in DECODERS if case.variant in ("sliding", "t5"))], ids=str)
 def test_a_compiled_step_is_one_graph(case, half_padded):
-    decoder = case.build()
+    decoder = case.decoder()
     expected = decoder.generate(**half_padded, **GREEDY)
     options = GREEDY | {"cache_implementation": "static"}
     torch._dynamo.reset()
@@ -61,15 +64,74 @@ def test_a_compiled_step_is_one_graph(case, half_padded):
 def test_a_prompt_is_read_in_chunks_and_a_cache_goes_on(decoder, tokens):
     expected = decoder.generate(tokens, **GREEDY)
     assert torch.equal(decoder.generate(tokens, **GREEDY, prefill_chunk_size=32), expected)
-    cache = DynamicCache(config=decoder.config)
+    cache = new_cache(decoder)
     first = decoder.generate(tokens, past_key_values=cache, **(GREEDY | {"max_new_tokens": 3}))
     assert torch.equal(decoder.generate(first, past_key_values=cache, **(GREEDY | {"max_new_tokens": 3})), expected)
 
 
 @torch.no_grad()
-def test_generation_from_embeddings_and_the_cache_can_be_split_and_repeated(decoder, tokens):
+@pytest.mark.parametrize("size", [1, 7, 70])
+@pytest.mark.parametrize("case", [case for case in DECODERS if not case.answers], ids=str)
+def test_a_padded_prompt_is_read_in_chunks(case, half_padded, size):
+    """Of an answer's prompt transformers cuts the tokens, and not the mask."""
+    decoder = case.build()
+    expected = decoder.generate(**half_padded, **GREEDY)
+    for cache in ({}, {"cache_implementation": "static"}):
+        found = decoder.generate(**half_padded, **GREEDY, **cache, prefill_chunk_size=size)
+        assert torch.equal(found, expected), cache
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", [*DECODERS, *FULL], ids=str)
+@pytest.mark.parametrize("helper", ["prompt", "itself", "another"])
+def test_assisted_decoding_names_the_same_tokens(case, tokens, helper):
+    """Candidates of a helper are all right, or wrong at some place: states go back to where they were right."""
+    decoder = case.decoder()
+    prompt = torch.cat((tokens[:1, :20], tokens[:1, :20]), dim=1)
+    options = GREEDY | {"max_new_tokens": 14}
+    expected = decoder.generate(prompt, **options)
+    if helper == "prompt":
+        options |= {"prompt_lookup_num_tokens": 4}
+    elif helper == "itself":
+        options |= {"assistant_model": getattr(decoder, "model", decoder) if case.answers else decoder}
+    else:
+        options |= {"assistant_model": nearly(decoder.model if case.answers else decoder)}
+    found = decoder.generate(prompt, **options, return_dict_in_generate=True)
+    assert torch.equal(found.sequences, expected)
+    given = {"input_ids": expected, "attention_mask": torch.ones_like(expected)}  # what was named may be the pad token
+    going_on = decoder.generate(**given, past_key_values=found.past_key_values, **GREEDY)
+    assert torch.equal(going_on, decoder.generate(**given, **GREEDY))
+
+
+def nearly(decoder):
+    """A model that mostly, not always, names the same tokens."""
+    other = copy.deepcopy(decoder)
+    for parameter in other.parameters():
+        parameter.add_(0.1 * parameter.std() * torch.randn(parameter.shape, dtype=parameter.dtype))
+    return other
+
+
+@torch.no_grad()
+def test_assisted_decoding_that_cannot_go_back_is_refused(tokens):
+    decoder = WINDOWED.build()
+    for helper in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": decoder}):
+        with pytest.raises(ValueError, match="cannot: generate without assistant_model"):
+            decoder.generate(tokens[:1], **helper, max_new_tokens=3)
+    cache = decoder(tokens, use_cache=True).past_key_values
+    with pytest.raises(RuntimeError, match="activate_past_recording"):
+        cache.crop(-2)
+
+
+@torch.no_grad()
+def test_generation_from_embeddings(decoder, decoder_case, tokens):
     embeds = decoder.get_input_embeddings()(tokens)
-    assert torch.equal(decoder.generate(inputs_embeds=embeds, **GREEDY), decoder.generate(tokens, **GREEDY)[:, 70:])
+    model = decoder.model if decoder_case.answers else decoder  # generate() embeds the source alone
+    start = 0 if decoder_case.answers else 70
+    assert torch.equal(model.generate(inputs_embeds=embeds, **GREEDY), model.generate(tokens, **GREEDY)[:, start:])
+
+
+@torch.no_grad()
+def test_the_cache_can_be_split_and_repeated(decoder, tokens):
     cache = decoder(tokens, use_cache=True).past_key_values
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([3, 0]))
@@ -83,9 +145,9 @@ def test_the_state_stays_as_large_as_the_paper_says(row_case, tokens):
     model = row_case.build()
 
     def numbers_held(length):
-        cache = model(tokens[:1].repeat(1, 3)[:, :length], use_cache=True).past_key_values
-        tensors = [tensor for layer in cache.layers for tensor in vars(layer).values()]
-        tensors += [tensor for layer in cache.layers for tensor in getattr(layer, "states", {}).values()]
+        layers = cache_layers_of(model(tokens[:1].repeat(1, 3)[:, :length], use_cache=True).past_key_values)
+        tensors = [tensor for layer in layers for tensor in vars(layer).values()]
+        tensors += [tensor for layer in layers for tensor in getattr(layer, "states", {}).values()]
         return sum(tensor.numel() for tensor in tensors if isinstance(tensor, torch.Tensor))
 
     with row_case.keeps("bounded state"):

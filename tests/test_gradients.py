@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from promises import EXACT, inputs_and_labels, sums
+from promises import DECODERS, ENCODERS, EXACT, held_choices, inputs_and_labels, sums
 
 
 def gradients(model, inputs):
@@ -20,19 +20,23 @@ def test_every_parameter_gets_a_gradient(head_case):
     assert not [name for name, parameter in model.named_parameters() if name not in found or not found[name].any()]
 
 
-def test_every_choice_gets_a_gradient(decoder, tokens):
-    found = gradients(decoder.train(), {"input_ids": tokens, "labels": tokens})
-    assert not [name for name, parameter in decoder.named_parameters() if name not in found or not found[name].any()]
+@pytest.mark.parametrize("case", [*DECODERS, *ENCODERS], ids=str)
+def test_every_choice_gets_a_gradient(case, tokens):
+    model = case.build().train()
+    found = gradients(model, {"input_ids": tokens, "labels": tokens})
+    assert not [name for name, parameter in model.named_parameters() if name not in found or not found[name].any()]
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_gives_the_same_gradients(decoder, tokens, reentrant):
+@pytest.mark.parametrize("case", [*DECODERS, *ENCODERS], ids=str)
+def test_gradient_checkpointing_gives_the_same_gradients(case, tokens, reentrant):
+    model = case.build()
     inputs = {"input_ids": tokens, "labels": tokens}
-    plain = gradients(decoder.train(), inputs)
-    decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    plain = gradients(model.train(), inputs)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     if reentrant:
-        decoder.enable_input_require_grads()
-    checkpointed = gradients(decoder, inputs)
+        model.enable_input_require_grads()
+    checkpointed = gradients(model, inputs)
     assert checkpointed.keys() == plain.keys()
     for name in plain:
         assert_close(checkpointed[name], plain[name], **EXACT, msg=name)
@@ -40,40 +44,45 @@ def test_gradient_checkpointing_gives_the_same_gradients(decoder, tokens, reentr
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
-def test_low_precision_is_close_and_keeps_wide_states(row_case, tokens, dtype):
-    model = row_case.build(dtype=torch.float32, initializer_range=0.08)
-    expected = model(tokens, use_cache=True)
-    with torch.autocast("cpu", dtype=dtype):
-        mixed = model(tokens, use_cache=True)
-        step = model(tokens[:, :1], past_key_values=mixed.past_key_values)
-    low = model.to(dtype)(tokens, use_cache=True)
+def test_low_precision_is_close_and_keeps_wide_states(model_case, tokens, dtype):
+    model = model_case.build(dtype=torch.float32, initializer_range=0.08)
+    told = {"use_cache": True} if model.can_generate() else {}
+    with held_choices():
+        expected = model(tokens, **told)
+        with torch.autocast("cpu", dtype=dtype):
+            mixed = model(tokens, **told)
+            step = model(tokens[:, :1], past_key_values=mixed.past_key_values) if told else mixed
+        low = model.to(dtype)(tokens, **told)
     for outputs in (mixed, low):
         assert (outputs.logits - expected.logits).std() < 0.05 * expected.logits.std()
     assert torch.isfinite(step.logits).all() and low.logits.dtype == dtype
-    for outputs in (mixed, low):
+    for outputs in (mixed, low) if told else ():
         assert {state.dtype for state in sums(outputs.past_key_values)} <= {torch.float32}
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @torch.no_grad()
 def test_attention_implementations_agree_and_weights_are_recorded(decoder_case, tokens, attention):
-    decoder = decoder_case.build(dtype=torch.float32)  # transformers' eager softmax turns float64 masks into nan
+    decoder = decoder_case.decoder(dtype=torch.float32)  # transformers' eager softmax turns float64 masks into nan
     expected = decoder(tokens).logits
     decoder.set_attn_implementation(attention)
     mask = torch.ones_like(tokens)
     mask[1, :9] = 0
     outputs = decoder(tokens, attention_mask=mask, output_attentions=attention == "eager", output_hidden_states=True)
     assert_close(outputs.logits[0], expected[0], atol=1e-4, rtol=1e-4)
-    assert len(outputs.hidden_states) == decoder.config.num_hidden_layers + 1
+    of_text = "decoder_" if decoder_case.answers else ""
+    assert len(outputs[f"{of_text}hidden_states"]) == decoder.config.num_hidden_layers + 1
     if attention == "eager":
         kinds = [kind for kind in decoder.config.layer_types if "attention" in kind]
-        assert len(outputs.attentions or ()) == len(kinds)
-        for weights in outputs.attentions or ():
+        recorded = outputs.get(f"{of_text}attentions") or ()
+        assert len(recorded) == len(kinds)
+        for weights in (*recorded, *outputs.get("cross_attentions", ())):
             assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
 
 
-def test_compiled_equals_eager(row_case, tokens):
-    model = row_case.build()
+def test_compiled_equals_eager(model_case, tokens):
+    shallow = {"encoder_num_hidden_layers": 1} if model_case.answers else {}  # compiling takes its time by the layer
+    model = model_case.build(**shallow)
     inputs = {"input_ids": tokens, "labels": tokens, "use_cache": False}
     plain = gradients(model, inputs)
     torch._dynamo.reset()
@@ -100,6 +109,7 @@ def test_logits_to_keep_and_items_in_batch(row_case, tokens):
     whole = model(tokens, labels=tokens)
     assert_close(model(tokens, logits_to_keep=3).logits, whole.logits[:, -3:], **EXACT)
     summed = model(tokens, labels=tokens, num_items_in_batch=torch.tensor(10)).loss
-    assert_close(summed, whole.loss * 2 * 69 / 10, atol=1e-5, rtol=1e-5)
+    named = 70 if row_case.answers else 69  # a text goes on from its first token, an answer begins with it
+    assert_close(summed, whole.loss * 2 * named / 10, atol=1e-5, rtol=1e-5)
     embeds = model.get_input_embeddings()(tokens)
     assert_close(model(inputs_embeds=embeds, labels=tokens).loss, whole.loss, **EXACT)

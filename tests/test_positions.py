@@ -8,7 +8,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.t5.modeling_t5 import T5Attention, T5Config
 
 from hf_arch import find
-from hf_arch.modeling.layers import positions
+from hf_arch.modeling.layers import bias, positions
+from hf_arch.modeling.skeleton import backbone
 from promises import EXACT
 
 SIZE, HEADS, DIM = 32, 4, 8
@@ -177,16 +178,28 @@ def test_alibi_slopes_are_the_papers(heads, expected):
     assert slopes == pytest.approx(expected, rel=1e-12)
 
 
+def bias_of(told, length, key_positions):
+    """What is added to the scores of all pairs, [1, heads, queries, keys]."""
+
+    def kernel(query, key, value, mask):
+        unseen = torch.finfo(mask.dtype).min
+        return torch.nn.functional.pad(mask, (0, length - mask.shape[-1]), value=unseen).transpose(1, 2), None
+
+    nothing = torch.zeros(1, HEADS, length, 1, dtype=torch.float64)
+    return told.attend(kernel, nothing, nothing, nothing, None, key_positions)[0].transpose(1, 2)
+
+
+@pytest.mark.parametrize("straight", [False, True])
 @pytest.mark.parametrize("direction", ["causal", "bidirectional"])
-def test_alibi_bias_is_the_papers(direction):
+def test_alibi_bias_is_the_papers(direction, straight):
     told = told_to_layers(positions.AlibiBias, torch.arange(9)[None], direction=direction)
-    ((rows, bias),) = told.blocks(None, 9, torch.arange(9)[None])
+    found = bias_of(told, 9, None if straight else torch.arange(9)[None])
     for head in range(HEADS):
         for i in range(9):
             for j in range(9):
                 hidden = direction == "causal" and j > i
                 expected = torch.finfo(torch.float64).min if hidden else -(2.0 ** (-2 * (head + 1))) * abs(i - j)
-                assert bias[0, head, i, j] == expected
+                assert found[0, head, i, j] == expected
 
 
 @pytest.mark.parametrize("buckets, reach", [(32, 128), (16, 50), (8, 20), (32, 33)])
@@ -199,9 +212,10 @@ def test_t5_buckets_are_those_of_transformers(direction, buckets, reach):
     assert torch.equal(module.bucket(distance), expected)
 
 
+@pytest.mark.parametrize("straight", [False, True])
 @pytest.mark.parametrize("direction", ["causal", "bidirectional"])
 @torch.no_grad()
-def test_t5_bias_is_that_of_transformers(direction):
+def test_t5_bias_is_that_of_transformers(direction, straight):
     theirs = T5Attention(
         T5Config(num_heads=HEADS, d_model=SIZE, is_decoder=direction == "causal"), has_relative_attention_bias=True
     ).double()
@@ -209,37 +223,43 @@ def test_t5_bias_is_that_of_transformers(direction):
     module = positions.T5Bias(config(direction=direction, max_position_embeddings=400)).double()
     module.relative_attention_bias.weight.copy_(theirs.relative_attention_bias.weight)
     _, told = module(torch.zeros(1, 400, SIZE, dtype=torch.float64), torch.arange(400)[None])
-    found = torch.cat([bias for _, bias in told.blocks(None, 400, torch.arange(400)[None])], dim=2)
+    found = bias_of(told, 400, None if straight else torch.arange(400)[None])
     seen = torch.ones(400, 400, dtype=torch.bool)
     seen = seen.tril() if direction == "causal" else seen
     assert torch.equal(found[:, :, seen], expected[:, :, seen])
     assert (found[:, :, ~seen] == torch.finfo(torch.float64).min).all()
 
 
+@pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("position_type", ["alibi", "t5"])
 @pytest.mark.parametrize("direction", ["causal", "bidirectional"])
-@torch.no_grad()
-def test_blocks_of_a_bias_equal_the_whole(direction, position_type, monkeypatch):
-    """Longer than a block, with padding in front, and in the middle of a cached text."""
+def test_blocks_of_a_bias_equal_the_whole(direction, position_type, grad, monkeypatch):
+    """Longer than a block, with padding at either end, and in the middle of a cached text; as a view of diagonals, and
+    pair by pair."""
     torch.manual_seed(0)
     fields = {"direction": direction, "position_type": position_type, "initializer_range": 0.3}
     fields |= {"max_position_embeddings": 600}
     model = find("transformer").load("Model")(config(**fields)).double().eval()
-    ids, mask = torch.randint(1, 96, (2, 300)), torch.ones(2, 300, dtype=torch.long)
-    mask[1, :40] = 0
+    ids, mask = torch.randint(1, 96, (3, 90)), torch.ones(3, 90, dtype=torch.long)
+    mask[1, :40], mask[2, 70:] = 0, 0
 
     def answers():
         told = {"attention_mask": mask, "use_cache": direction == "causal"}
-        outputs = model(ids, **told)
+        with torch.set_grad_enabled(grad):
+            outputs, plain = model(ids, **told), model(ids).last_hidden_state
         if direction == "bidirectional":
-            return [model(ids).last_hidden_state, outputs.last_hidden_state[mask.bool()]]
+            return [plain, outputs.last_hidden_state[mask.bool()]]
         more = {"attention_mask": torch.cat((mask, mask), dim=1), "past_key_values": outputs.past_key_values}
-        after = model(ids, **more).last_hidden_state
-        return [model(ids).last_hidden_state, outputs.last_hidden_state[mask.bool()], after]
+        with torch.set_grad_enabled(grad):
+            after = model(ids, **more).last_hidden_state[mask.bool()]
+        return [plain, outputs.last_hidden_state[mask.bool()], after]
 
-    assert positions.BLOCK < 300
-    in_blocks = answers()
-    for block in (7, 10**6):
-        monkeypatch.setattr(positions, "BLOCK", block)
-        for found, expected in zip(answers(), in_blocks, strict=True):
+    whole = answers()
+    for changed in ({"BIAS_ROOM": 20_000, "QUERY_BLOCK": 32}, {"BIAS_ROOM": 1, "QUERY_BLOCK": 7}):
+        for name, value in changed.items():
+            monkeypatch.setattr(bias, name, value)
+        for found, expected in zip(answers(), whole, strict=True):
             torch.testing.assert_close(found, expected, **EXACT)
+    monkeypatch.setattr(backbone, "all_straight", lambda *args, **options: False)
+    for found, expected in zip(answers(), whole, strict=True):
+        torch.testing.assert_close(found, expected, **EXACT)

@@ -13,8 +13,10 @@ def test_the_table_is_rendered_from_the_catalogue():
     assert shown == markdown(), "paste the output of: hf-arch list --markdown"
 
 
-def test_the_example_runs(tmp_path, monkeypatch):
+def test_the_examples_run_one_after_another(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    exec(compile(example, "README.md", "exec"), {})
+    names = {}
+    for example in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(compile(example, "README.md", "exec"), names)
     assert (tmp_path / "my-retnet" / "model.safetensors").exists()
+    assert (tmp_path / "book.state").exists()

@@ -3,9 +3,8 @@
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import DynamicCache
 
-from promises import EXACT
+from promises import EXACT, new_cache
 
 
 @torch.no_grad()
@@ -22,7 +21,7 @@ def test_steps_with_a_cache_equal_one_pass(decoder, tokens):
 @torch.no_grad()
 @pytest.mark.parametrize("cuts", [(1, 1, 68), (33, 37), (64, 1, 5)], ids=str)
 def test_a_prompt_in_pieces_equals_the_whole(decoder, tokens, cuts):
-    cache = DynamicCache(config=decoder.config)
+    cache = new_cache(decoder)
     pieces = [decoder(piece, past_key_values=cache).logits for piece in tokens.split(cuts, dim=1)]
     assert_close(torch.cat(pieces, dim=1), decoder(tokens).logits, **EXACT)
 
@@ -67,7 +66,7 @@ def test_right_padding_does_not_enter_the_state(decoder_case, decoder, tokens):
 def test_padding_in_the_first_pieces_does_not_matter(decoder, tokens):
     padded, mask = torch.cat((tokens[:, :3], tokens), dim=1), torch.ones(2, 73, dtype=torch.long)
     mask[:, :3] = 0
-    cache, logits, seen = DynamicCache(config=decoder.config), [], 0
+    cache, logits, seen = new_cache(decoder), [], 0
     for piece in padded.split((1, 2, 10, 60), dim=1):
         seen += piece.shape[1]
         logits.append(decoder(piece, attention_mask=mask[:, :seen], past_key_values=cache).logits)

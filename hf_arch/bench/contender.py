@@ -85,7 +85,8 @@ def start(row: Architecture, peers: Sequence[Peer], settings: Settings) -> list[
     model = on_paper(row, head_of(row), settings.shape)
     measures = FORWARD + DECODE if head_of(row) == "ForCausalLM" else FORWARD
     ours = Contender(row.name, measures, Worker(python_of(None), settings.threads), settings, model)
-    ours.build("hugging_face:Ours", row=row.name, head=head_of(row))
+    subject = "hugging_face:OurEncoder" if head_of(row) == "EncoderModel" else "hugging_face:Ours"
+    ours.build(subject, row=row.name, head=head_of(row))
     contenders = [ours]
     for peer in peers:
         worker = Worker(python_of(peer.environment), settings.threads)
@@ -95,5 +96,5 @@ def start(row: Architecture, peers: Sequence[Peer], settings: Settings) -> list[
 
 
 def head_of(row: Architecture) -> str | None:
-    """The head that makes the row a language model, if it has one."""
-    return next((head for head in ("ForCausalLM", "ForMaskedLM") if head in row.heads), None)
+    """The head that makes the row a language model, if it has one; of an encoder-decoder, its encoder."""
+    return next((head for head in ("ForCausalLM", "ForMaskedLM", "EncoderModel") if head in row.heads), None)

@@ -7,6 +7,7 @@ All else (norms, rotations, gates, masks) is taken to be free, as in a perfectly
 of a model; a new mixer or feed-forward registers what it computes beside its Linear layers.
 """
 
+import math
 from dataclasses import dataclass
 from functools import singledispatch
 from typing import NamedTuple
@@ -14,7 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from hf_arch.modeling.hierarchical.hat.modeling_hat import ArchHatModel
 from hf_arch.modeling.layers.attention import Attention
+from hf_arch.modeling.layers.experts import SparseFeedForward
 from hf_arch.modeling.layers.feed_forward import MLP
 from hf_arch.modeling.layers.mixer import Mixer
 from hf_arch.modeling.skeleton.backbone import Backbone
@@ -74,10 +77,37 @@ def backbone(module: Backbone, span: Span) -> Cost:
 
 
 @cost.register
+def hierarchy(module: ArchHatModel, span: Span) -> Cost:
+    """Each layer reads the members of its level, a segment at a time."""
+    total = Cost()
+    for layer, kind in zip(module.layers, module.config.layer_types, strict=True):
+        level = module.config.layer_kinds.index(kind)
+        lengths = module.config.level_lengths
+        whole, rest = divmod(math.ceil(span.tokens / math.prod(lengths[:level])), lengths[level])
+        total = sum([cost(layer, Span(lengths[level]))] * whole, total)
+        total += cost(layer, Span(rest)) if rest else Cost()
+    return total
+
+
+@cost.register
 def feed_forward(module: MLP, span: Span) -> Cost:
     """An exponential for each number that a smooth activation (silu, gelu, tanh, ...) is applied to."""
     smooth = 0 if isinstance(module.act_fn, nn.ReLU) else module.up_proj.out_features
     return projections(module, span) + Cost(exponentials=smooth * span.tokens)
+
+
+@cost.register
+def experts(module: SparseFeedForward, span: Span) -> Cost:
+    """Each token's own experts; of their weights, as many as so few tokens can ask for."""
+    made, router = module.experts, module.router
+    chosen = router.top_k * span.tokens
+    of_one = made.gate_up_proj[0].numel() + made.down_proj[0].numel()
+    smooth = 0 if isinstance(made.act_fn, nn.ReLU) else made.down_proj.shape[-1]
+    return cost(router, span) + Cost(
+        operations=2 * of_one * chosen,
+        exponentials=smooth * chosen,
+        numbers=of_one * min(chosen, made.num_experts),
+    )
 
 
 @cost.register

@@ -30,10 +30,32 @@ class Peer:
 
 
 LLAMA = {"config": "LlamaConfig", "model": "LlamaForCausalLM"}
+MIXTRAL = {"config": "MixtralConfig", "model": "MixtralForCausalLM"}
+# Its default, and the loop over experts; its batched products copy the weights of an expert for each token that takes
+# it, which is bearable for few tokens
+EXPERTS = {name: {"fields": {"experts_implementation": name}} for name in ("grouped_mm", "eager", "batched_mm")}
+T5 = {"config": "T5Config", "model": "T5EncoderModel", "fields": {"feed_forward_proj": "gated-gelu"}}
 
 PEERS = (
     Peer("llama", "transformer", "hugging_face:Transformers", LLAMA),
     Peer("llama_static", "transformer", "hugging_face:StaticTransformers", LLAMA, measures=DECODE),
+    Peer("mixtral_grouped_mm", "mixtral", "hugging_face:Transformers", MIXTRAL | EXPERTS["grouped_mm"]),
+    Peer("mixtral_eager", "mixtral", "hugging_face:Transformers", MIXTRAL | EXPERTS["eager"]),
+    Peer(
+        "mixtral_batched_mm",
+        "mixtral",
+        "hugging_face:Transformers",
+        MIXTRAL | EXPERTS["batched_mm"],
+        measures=DECODE,
+    ),
+    Peer(
+        "longformer",
+        "hat",
+        "hugging_face:Transformers",
+        {"config": "LongformerConfig", "model": "LongformerForMaskedLM", "padding_rows": 2},
+        measures=FORWARD,
+    ),
+    Peer("t5_encoder", "encoder_decoder", "hugging_face:T5Encoder", T5, measures=FORWARD),
     Peer(
         "torchscale",
         "retnet",

@@ -23,7 +23,7 @@ PANELS = (
 
 
 def draw(result: Result, path: Path) -> None:
-    picture = Picture(figsize=(13, 7), dpi=100, layout="constrained")
+    picture = Picture(figsize=(13, 7), dpi=72, layout="constrained")
     for axes, (kind, name, unit, title) in zip(picture.subplots(2, 3).flat, PANELS, strict=True):
         panel(axes, result, kind, name, unit)
         axes.set_title(title, loc="left", fontsize=10)

@@ -1,11 +1,13 @@
+import functools
+
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .mixer import Mixer
-from .record import AttentionWeights
+from .record import AttentionWeights, CrossAttentionWeights
 
 
 class Attention(Mixer):
@@ -13,6 +15,7 @@ class Attention(Mixer):
     head (Vaswani et al., 2017; multi-query: arXiv:1911.02150; grouped-query: arXiv:2305.13245)."""
 
     is_causal = True
+    weights_class = AttentionWeights
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -20,6 +23,7 @@ class Attention(Mixer):
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         num_key_value_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self.num_key_value_groups = config.num_attention_heads // num_key_value_heads
+        self.scaling = getattr(config, "attention_scaling", None) or self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         sliding = config.layer_types[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if sliding else None
@@ -28,7 +32,7 @@ class Attention(Mixer):
             setattr(self, name, nn.Linear(config.hidden_size, heads * self.head_dim, bias=config.attention_bias))
         width = config.num_attention_heads * self.head_dim
         self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
-        self.weights = AttentionWeights()
+        self.weights = self.weights_class()
 
     def forward(
         self,
@@ -46,14 +50,12 @@ class Attention(Mixer):
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [batch, heads, length, dim]
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, layer_idx)
-        pieces = [
-            self.attend(query[:, :, rows], key, value, mask, **kwargs)
-            for rows, mask in position_embeddings.blocks(attention_mask, query.shape[2], key_positions)
-        ]
-        outputs, weights = zip(*pieces, strict=True)
-        if weights[0] is not None:
-            self.weights(weights[0] if len(weights) == 1 else torch.cat(weights, dim=2))
-        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+        kernel = functools.partial(self.attend, **kwargs)
+        return self.answer(*position_embeddings.attend(kernel, query, key, value, attention_mask, key_positions))
+
+    def answer(self, output: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+        if weights is not None:
+            self.weights(weights)
         return self.o_proj(output.flatten(-2))
 
     def attend(self, query, key, value, attention_mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -66,7 +68,7 @@ class Attention(Mixer):
             value,
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.head_dim**-0.5,
+            scaling=self.scaling,
             sliding_window=self.sliding_window,
             **kwargs,
         )
@@ -74,3 +76,36 @@ class Attention(Mixer):
 
 class BidirectionalAttention(Attention):
     is_causal = False
+
+
+class CrossAttention(Attention):
+    """Attention to the encoder's answer; its keys and values are made once, and kept while `cross_cache` lives."""
+
+    is_causal = False
+    weights_class = CrossAttentionWeights
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.sliding_window = None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        cross_cache: EncoderDecoderCache | None = None,
+        layer_idx: int = 0,
+        **kwargs,
+    ) -> torch.Tensor:
+        query = self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        if cross_cache is not None and cross_cache.is_updated.get(layer_idx):
+            held = cross_cache.cross_attention_cache.layers[layer_idx]
+            return self.answer(*self.attend(query, held.keys, held.values, encoder_attention_mask))
+        key, value = (
+            projection(encoder_hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.k_proj, self.v_proj)
+        )
+        if cross_cache is not None:
+            key, value = cross_cache.cross_attention_cache.update(key, value, layer_idx)
+            cross_cache.is_updated[layer_idx] = True
+        return self.answer(*self.attend(query, key, value, encoder_attention_mask))

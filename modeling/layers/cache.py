@@ -9,17 +9,27 @@ from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLaye
 
 
 class RecurrentCacheLayer(CacheLayerMixin):
-    """Named tensors of fixed size, batch first, and the number of tokens they sum up."""
+    """Named tensors of fixed size, batch first, and the number of tokens they sum up.
+
+    A state of zeros is that of a row which has read nothing. Tensors are replaced, never written to, so that those of
+    an earlier moment can be kept at no cost.
+    """
 
     _layer_type = "recurrent"  # DynamicCache(config=...) builds one for each such entry of config.layer_types
     supports_early_init = False
+    is_croppable = True
 
     def __init__(self, **kwargs):
         super().__init__()
         self.states: dict[str, torch.Tensor] = {}
         self.cumulative_length: int | torch.Tensor = 0
+        self.record_past = False
+        self.past: list[tuple[int, dict[str, torch.Tensor]]] = []  # length and states before each call
 
     def write(self, new_tokens: int, **states: torch.Tensor) -> None:
+        """The states after `new_tokens` more, all at once: one write for each call of the model."""
+        if self.record_past:
+            self.past.append((self.cumulative_length, dict(self.states)))
         self.states.update(states)
         self.cumulative_length += new_tokens
         self.is_initialized = True
@@ -38,12 +48,15 @@ class RecurrentCacheLayer(CacheLayerMixin):
         return self.cumulative_length + query_length, 0
 
     def get_max_length(self) -> int:
+        """How many columns of what was read a mask has to tell of; a state has none."""
         return -1
 
     def reset(self) -> None:
         self.states, self.cumulative_length, self.is_initialized = {}, 0, False
+        self.past.clear()
 
     def change(self, each) -> None:
+        self.past.clear()
         self.states = {name: each(state) for name, state in self.states.items()}
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -55,9 +68,28 @@ class RecurrentCacheLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self.change(lambda state: state[indices])
 
+    def forget(self, rows: torch.Tensor) -> None:
+        """The rows that are True in [batch] begin a new text."""
+        self.change(lambda state: state.masked_fill(rows.to(state.device).view(-1, *[1] * (state.ndim - 1)), 0))
+
+    def activate_past_recording(self) -> None:
+        """Keep the state before each call until the next `crop`."""
+        self.record_past = True
+
     def crop(self, tokens_to_remove: int) -> None:
+        """Go back to the latest recorded state that lacks the last `-tokens_to_remove` tokens. It may lack more, those
+        of a call that went past it: the length tells, and they are to be read again."""
+        length = self.cumulative_length - abs(tokens_to_remove)
+        before = [(seen, states) for seen, states in self.past if seen <= length]
+        if tokens_to_remove and not before:
+            raise RuntimeError(
+                "A recurrent state cannot forget its last tokens. Call activate_past_recording() before they are read, "
+                "or keep a copy: hf_arch.fork(past_key_values)."
+            )
         if tokens_to_remove:
-            raise RuntimeError("A recurrent state cannot forget its last tokens.")
+            self.cumulative_length, self.states = before[-1]
+            self.is_initialized = bool(self.states)
+        self.past.clear()
 
     def lazy_initialization(self, key_states, value_states) -> None:
         raise TypeError("A recurrent layer stores states, not keys and values: this cache is of another model.")
@@ -75,6 +107,7 @@ class StaticRecurrentCacheLayer(RecurrentCacheLayer):
 
     _layer_type = None  # the name belongs to the class above; the entry below is the static one
     is_compileable = True
+    is_croppable = False
 
     def __init__(self, max_cache_len: int | None = None, **kwargs):
         super().__init__(**kwargs)
@@ -135,6 +168,11 @@ class GrowingCacheLayer(DynamicLayer):
         self.keys, self.values = (store[:, :, :length] for store in self.stores)
         self.front = self.keys
         return self.keys, self.values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        ours = self.front is self.keys
+        super().crop(tokens_to_remove)
+        self.front = self.keys if ours else None  # the store still begins with what is left
 
 
 def with_room(held: torch.Tensor, length: int) -> torch.Tensor:

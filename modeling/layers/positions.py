@@ -2,12 +2,11 @@
 
 The slot is called as positions(hidden_states [batch, length, size], position_ids [batch or 1, length]) and answers
 (hidden_states, position_embeddings). What layers get is one of the tuples below, each with the two methods by which
-attention asks it: `rotate(query, key)`, and `blocks(attention_mask, query_length, key_positions)`, the pieces of the
-score matrix with their masks.
+attention asks it: `rotate(query, key)`, and `attend(kernel, query, key, value, attention_mask, key_positions)`, which
+calls `kernel(query, key, value, mask)` and gives its answer.
 """
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,8 +14,7 @@ from torch import nn
 from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-WHOLE = slice(None)
-BLOCK = 256  # queries that a bias is made for at once
+from .bias import biased_attention
 
 
 class Plain(NamedTuple):
@@ -25,8 +23,8 @@ class Plain(NamedTuple):
     def rotate(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return query, key
 
-    def blocks(self, attention_mask, query_length: int, key_positions) -> Iterator[tuple[slice, torch.Tensor | None]]:
-        yield WHOLE, attention_mask
+    def attend(self, kernel, query, key, value, attention_mask, key_positions):
+        return kernel(query, key, value, attention_mask)
 
 
 class Rotation(NamedTuple):
@@ -38,7 +36,7 @@ class Rotation(NamedTuple):
     def rotate(self, query, key):
         return rotated(query, self.cos, self.sin), rotated(key, self.cos, self.sin)
 
-    blocks = Plain.blocks
+    attend = Plain.attend
 
 
 class StretchedRotation(NamedTuple):
@@ -51,7 +49,7 @@ class StretchedRotation(NamedTuple):
     def rotate(self, query, key):
         return rotated(query, self.cos, self.sin) * self.length, rotated(key, self.cos, self.sin) / self.length
 
-    blocks = Plain.blocks
+    attend = Plain.attend
 
 
 class LinearBias(NamedTuple):
@@ -66,8 +64,7 @@ class LinearBias(NamedTuple):
     def of_distance(self, distance: torch.Tensor) -> torch.Tensor:
         return distance[:, None].abs() * -self.slopes[:, None, None]
 
-    def blocks(self, attention_mask, query_length, key_positions):
-        return biased_blocks(self, attention_mask, query_length, key_positions)
+    attend = biased_attention
 
 
 class TableBias(NamedTuple):
@@ -84,24 +81,7 @@ class TableBias(NamedTuple):
         reach = self.bucket.shape[0] // 2
         return self.table[self.bucket[distance.clamp(-reach, reach) + reach]].permute(0, 3, 1, 2)
 
-    blocks = LinearBias.blocks
-
-
-def biased_blocks(
-    positions: LinearBias | TableBias, attention_mask, query_length: int, key_positions: torch.Tensor
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Pieces of BLOCK queries and their additive masks, so that memory stays linear in the length."""
-    for start in range(0, query_length, BLOCK):
-        rows = slice(start, start + BLOCK)
-        distance = key_positions[:, None, :] - positions.query_positions[:, rows, None]
-        scores = positions.of_distance(distance)
-        if attention_mask is None:  # the skip that transformers' masks allow: plainly causal, or nothing hidden
-            hidden = distance[:, None] > 0 if positions.causal else None
-        elif attention_mask.dtype == torch.bool:
-            hidden = ~attention_mask[:, :, rows]
-        else:
-            scores, hidden = scores + attention_mask[:, :, rows], None
-        yield rows, scores if hidden is None else scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+    attend = biased_attention
 
 
 def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -112,7 +92,7 @@ def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 class NoPositions(nn.Module):
     """For models whose layers know the order by themselves, or not at all."""
 
-    biased = False  # whether `blocks` wants `key_positions`, the positions of all keys [batch or 1, keys]
+    biased = False  # whether `attend` wants `key_positions`, the positions of all keys [batch or 1, keys]
 
     def __init__(self, config):
         super().__init__()

@@ -59,14 +59,15 @@ class PostNorm(Residual):
 
 class DeepNorm(Residual):
     """norm(alpha x + f(x)), alpha = (2 layers)^(1/4), with initial weights of f scaled by beta = (8 layers)^(-1/4)
-    except those of queries and keys (Wang et al., 2022, arXiv:2203.00555, figure 2, one stack)."""
+    except those of queries and keys (Wang et al., 2022, arXiv:2203.00555, figure 2). These are of one stack; a config
+    may say others in `deep_norm`, (alpha, beta)."""
 
     final_norm = False
 
     def __init__(self, config, names, norm):
         super().__init__(config, names, norm)
-        self.alpha = (2 * config.num_hidden_layers) ** 0.25
-        self.beta = (8 * config.num_hidden_layers) ** -0.25
+        of_one_stack = (2 * config.num_hidden_layers) ** 0.25, (8 * config.num_hidden_layers) ** -0.25
+        self.alpha, self.beta = getattr(config, "deep_norm", of_one_stack)
 
     def init_sublayers(self, sublayers):
         for sublayer in sublayers.values():

@@ -7,6 +7,7 @@ one document without padding.
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 
 def document_runs(documents: torch.Tensor | None, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,7 +34,7 @@ class Unpacked(NamedTuple):
     @property
     def cu_seqlens(self) -> torch.Tensor:
         """[documents + 1] where each document starts among the real tokens, as kernels for packed rows ask."""
-        return torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0)).to(torch.int32)
+        return nn.functional.pad(self.lengths.cumsum(0), (1, 0)).to(torch.int32)
 
     @property
     def first(self) -> torch.Tensor:
@@ -44,28 +45,83 @@ class Unpacked(NamedTuple):
     def last(self) -> torch.Tensor:
         return self.batch_row.diff(append=self.batch_row.new_full((1,), -1)) != 0
 
+    @property
+    def real(self) -> torch.Tensor:
+        """[documents, longest] whether a place of `unpack` holds a token."""
+        return torch.arange(self.longest, device=self.lengths.device) < self.lengths[:, None]
+
+    @property
+    def longest(self) -> int:
+        return int(self.lengths.max()) if len(self.lengths) else 0
+
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         """[batch, length, ...] -> [documents, longest, ...], left-aligned, zero past the end of a document."""
-        longest = int(self.lengths.max()) if len(self.lengths) else 0
-        rows = packed.new_zeros(len(self.lengths), longest, *packed.shape[2:])
-        return rows.index_put((self.row, self.place), packed.flatten(0, 1)[self.token])
+        rows = packed.new_zeros(len(self.lengths), self.longest, *packed.shape[2:])
+        return rows.index_put((self.row, self.place), packed.flatten(0, 1).index_select(0, self.token))
 
     def repack(self, rows: torch.Tensor, batch: int, length: int) -> torch.Tensor:
         """[documents, longest, ...] -> [batch, length, ...], zero at padding. The inverse of `unpack`."""
-        packed = rows.new_zeros(batch * length, *rows.shape[2:])
-        return packed.index_put((self.token,), rows[self.row, self.place]).unflatten(0, (batch, length))
+        return self.repack_into(rows.new_zeros(batch, length, *rows.shape[2:]), rows)
+
+    def repack_into(self, packed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """`packed` [batch, length, ...] with the tokens of `rows` in their places, and what it held elsewhere."""
+        tokens = packed.flatten(0, 1).index_put((self.token,), rows[self.row, self.place])
+        return tokens.unflatten(0, packed.shape[:2])
+
+
+class EvenlyUnpacked(NamedTuple):
+    """The same where rows are whole: every `stride`-th token of a row of `length`, in groups of `size`. Tokens that lie
+    side by side stay where they are."""
+
+    stride: int
+    size: int
+    batch: int
+    length: int
+    device: torch.device
+
+    @property
+    def tokens(self) -> int:
+        """How many are taken of a row."""
+        return -(-self.length // self.stride)
+
+    @property
+    def real(self) -> torch.Tensor | None:
+        """[groups, size] whether a place of `unpack` holds a token; None where all do."""
+        if self.tokens % self.size == 0:
+            return None
+        places = torch.arange(-(-self.tokens // self.size) * self.size, device=self.device)
+        return (places < self.tokens).unflatten(0, (-1, self.size)).repeat(self.batch, 1)
+
+    def unpack(self, packed: torch.Tensor) -> torch.Tensor:
+        """[batch, length, ...] -> [groups, size, ...], zero past the end of a row."""
+        taken, missing = packed[:, :: self.stride], -self.tokens % self.size
+        if missing:
+            taken = nn.functional.pad(taken, (0, 0) * (packed.ndim - 2) + (0, missing))
+        return taken.reshape(-1, self.size, *packed.shape[2:])
+
+    def repack_into(self, packed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        taken = rows.unflatten(0, (self.batch, -1)).flatten(1, 2)[:, : self.tokens]
+        return taken if self.stride == 1 else torch.slice_scatter(packed, taken, dim=1, step=self.stride)
+
+
+def left_aligned(token: torch.Tensor, starts: torch.Tensor, length: int) -> Unpacked:
+    """The tokens with the indices `token` [tokens], in order, as rows that begin where `starts` [tokens] says; `length`
+    is that of a row of the packed batch."""
+    row = starts.cumsum(0) - 1
+    first = starts.nonzero().squeeze(-1)
+    place = torch.arange(len(token), device=token.device) - first[row]
+    return Unpacked(token, row, place, torch.bincount(row, minlength=len(first)), token[first] // length)
+
+
+def document_starts(documents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[tokens] the index of each real token in the flattened batch, and whether a document starts there."""
+    token = documents.flatten().nonzero().squeeze(-1)
+    starts = torch.ones_like(token, dtype=torch.bool)
+    starts[1:] = (documents.flatten()[token].diff() != 0) | ((token // documents.shape[1]).diff() != 0)
+    return token, starts
 
 
 def find_documents(documents: torch.Tensor) -> Unpacked:
     """The tool for what cannot cut a state inside (FFT convolutions) and for grids over positions (segments, patches):
     unpack, run on left-aligned rows, repack."""
-    token = documents.flatten().nonzero().squeeze(-1)
-    batch_row = token // documents.shape[1]
-    number = documents.flatten()[token]
-    starts = torch.ones_like(token, dtype=torch.bool)
-    starts[1:] = (number.diff() != 0) | (batch_row.diff() != 0)
-    row = starts.cumsum(0) - 1
-    first_token = starts.nonzero().squeeze(-1)
-    place = torch.arange(len(token), device=token.device) - first_token[row]
-    lengths = torch.bincount(row, minlength=len(first_token))
-    return Unpacked(token, row, place, lengths, batch_row[first_token])
+    return left_aligned(*document_starts(documents), documents.shape[1])

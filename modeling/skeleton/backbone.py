@@ -14,16 +14,17 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..layers.cache import growing
+from ..layers.experts import SparseFeedForward
 from ..layers.feed_forward import MLP, GatedMLP
 from ..layers.mixer import Mixer
 from ..layers.positions import NoPositions
-from ..layers.record import AttentionWeights, RouterLogits
+from ..layers.record import AttentionWeights, CrossAttentionWeights, RouterLogits
 from ..layers.residual import PreNorm, Residual
 from ..layers.training_buffer import follow_optimizers, watch_training_buffers
 from ..layers.view import View
 from .checks import check_inputs
 from .config import ArchConfig
-from .masks import MASKS, count_positions, key_positions
+from .masks import MASKS, all_straight, count_positions, key_positions
 from .pretrained import ArchPreTrainedModel
 
 
@@ -43,7 +44,11 @@ class Layer(GradientCheckpointingLayer):
     def init_parameters(self, std: float) -> None:
         self.residual.init_sublayers(self.sublayers)
 
-    def forward(self, stream: torch.Tensor, **context) -> torch.Tensor:
+    def forward(
+        self, stream: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, **context
+    ) -> torch.Tensor:
+        """What needs a gradient comes by position: reentrant checkpointing looks nowhere else."""
+        context["encoder_hidden_states"] = encoder_hidden_states
         return self.view(stream, functools.partial(self.residual, sublayers=self.sublayers), **context)
 
 
@@ -51,7 +56,13 @@ class Backbone(ArchPreTrainedModel):
     """An architecture names the classes that fill the slots; dicts are keyed by the types in the config."""
 
     mixers: ClassVar[dict[str, type[Mixer]]]
-    feed_forwards: ClassVar[dict[str, type[nn.Module] | None]] = {"gated": GatedMLP, "dense": MLP, "none": None}
+    cross_attention: ClassVar[type[nn.Module] | None] = None  # of a decoder that is told `encoder_hidden_states`
+    feed_forwards: ClassVar[dict[str, type[nn.Module] | None]] = {
+        "gated": GatedMLP,
+        "dense": MLP,
+        "sparse": SparseFeedForward,
+        "none": None,
+    }
     residual: ClassVar[type[Residual]] = PreNorm
     views: ClassVar[dict[str, type[View]]] = {}
     positions: ClassVar[type[nn.Module]] = NoPositions
@@ -60,6 +71,7 @@ class Backbone(ArchPreTrainedModel):
     _can_record_outputs = {
         "hidden_states": Layer,
         "attentions": OutputRecorder(AttentionWeights, index=0),
+        "cross_attentions": OutputRecorder(CrossAttentionWeights, index=0),
         "router_logits": OutputRecorder(RouterLogits, index=0),
     }
 
@@ -97,6 +109,7 @@ class Backbone(ArchPreTrainedModel):
         """The classes of a layer's parts, in order."""
         return {
             "mixer": self.mixers[self.config.layer_types[layer_idx]],
+            "cross_attention": self.cross_attention,
             "feed_forward": self.feed_forwards[self.config.feed_forward_types[layer_idx]],
         }
 
@@ -111,16 +124,24 @@ class Backbone(ArchPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
         check_inputs(self.config, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
         if self.training:
             watch_training_buffers(self)
+            if self.gradient_checkpointing and past_key_values is not None:
+                raise ValueError(
+                    "Gradient checkpointing runs layers twice, which would update past_key_values twice. Train without "
+                    "it; shorter segments save memory, too."
+                )
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         # Masks first: transformers and we look for packed documents only where there is no cache, not even an empty one
         masks = self.make_masks(hidden_states, attention_mask, past_key_values, position_ids, **kwargs)
         if use_cache and past_key_values is None and not self.training:
             past_key_values = self.make_cache()
+        if position_ids is None:
+            position_ids = masks.get("position_ids")
         if position_ids is None:
             position_ids = count_positions(hidden_states, attention_mask, past_key_values)
         if self.config.type_vocab_size:  # as in BERT, all are of kind 0 where nothing is said
@@ -132,6 +153,7 @@ class Backbone(ArchPreTrainedModel):
         for layer_idx, (group, kind) in enumerate(self.calls):
             stream = self.layers[group](
                 stream,
+                encoder_hidden_states,
                 attention_mask=masks[kind],
                 key_positions=masks.get(f"{kind}_key_positions"),
                 position_embeddings=position_embeddings,
@@ -155,12 +177,12 @@ class Backbone(ArchPreTrainedModel):
         if isinstance(attention_mask, dict):
             return attention_mask
         told = {"attention_mask": attention_mask, "past_key_values": past_key_values, "position_ids": position_ids}
-        makers, kinds = MASKS | self.masks, dict.fromkeys(self.config.layer_types)
-        masks = {
-            kind: makers[kind](config=self.config, inputs_embeds=inputs_embeds, **told, **context) for kind in kinds
-        }
-        if self.embed_positions.biased:
-            for kind in kinds:
-                layer_idx = self.config.layer_types.index(kind)
+        makers, masks = MASKS | self.masks, {}
+        first = {kind: self.config.layer_types.index(kind) for kind in dict.fromkeys(self.config.layer_types)}
+        for kind, layer_idx in first.items():
+            given = {"config": self.config, "inputs_embeds": inputs_embeds, "layer_idx": layer_idx}
+            masks[kind] = makers[kind](**given, **told, **context)
+        if self.embed_positions.biased and not all_straight(inputs_embeds, **told):
+            for kind, layer_idx in first.items():
                 masks[f"{kind}_key_positions"] = key_positions(inputs_embeds, layer_idx, **told)
         return masks

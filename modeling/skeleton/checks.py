@@ -1,6 +1,9 @@
 """What is wrong with a call, said before the mathematics starts."""
 
+from collections.abc import Iterable
+
 import torch
+from torch import nn
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING, Cache
 
 
@@ -30,6 +33,17 @@ def check_inputs(config, input_ids, inputs_embeds, attention_mask, position_ids,
             raise ValueError(
                 f"Token ids go from {int(low)} to {int(high)}, but the vocabulary has {config.vocab_size} entries: the "
                 "tokenizer is of another model, or resize_token_embeddings is needed."
+            )
+
+
+def check_checkpointing(layers: Iterable[nn.Module]) -> None:
+    """Router logits leave a layer beside its answer: reentrant checkpointing lets no gradient back through them."""
+    for layer in layers:
+        options = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {})
+        if layer.training and layer.gradient_checkpointing and options.get("use_reentrant", True):
+            raise ValueError(
+                "Reentrant checkpointing lets no gradient through to the routers: with output_router_logits, take "
+                "gradient_checkpointing_kwargs=dict(use_reentrant=False)."
             )
 
 

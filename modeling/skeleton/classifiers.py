@@ -1,10 +1,13 @@
-"""A backbone and a head that names texts, tokens, or a stretch of tokens."""
+"""A backbone and a head that names texts, tokens, or a stretch of tokens, or chooses among texts."""
 
 from typing import ClassVar, Unpack
 
 import torch
 from torch import nn
+from transformers.loss.loss_utils import fixed_cross_entropy
 from transformers.modeling_outputs import (
+    ModelOutput,
+    MultipleChoiceModelOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
@@ -21,7 +24,8 @@ class LastToken(nn.Module):
     def __init__(self, config: ArchConfig):
         super().__init__()
 
-    def forward(self, hidden_states: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, outputs: ModelOutput, real: torch.Tensor | None) -> torch.Tensor:
+        hidden_states = outputs.last_hidden_state
         if real is None:
             return hidden_states[:, -1]
         last = (torch.arange(real.shape[1], device=real.device) * real).argmax(-1)
@@ -35,22 +39,44 @@ class FirstToken(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, outputs: ModelOutput, real: torch.Tensor | None) -> torch.Tensor:
+        hidden_states = outputs.last_hidden_state
         first = 0 if real is None else real.int().argmax(-1)
         rows = torch.arange(len(hidden_states), device=hidden_states.device)
         return torch.tanh(self.dense(hidden_states[rows, first]))
 
 
-class SequenceClassification(Head):
-    """A head that names the whole text, or scores it."""
+class Document(FirstToken):
+    """tanh(dense(x)) of what the backbone itself says of each document."""
 
-    poolers: ClassVar[dict[str, type[nn.Module]]] = {"last": LastToken, "first": FirstToken}
+    def forward(self, outputs: ModelOutput, real: torch.Tensor | None) -> torch.Tensor:
+        return torch.tanh(self.dense(outputs.pooler_output))
+
+
+class TextHead(Head):
+    """A head that scores whole texts."""
+
+    poolers: ClassVar[dict[str, type[nn.Module]]] = {"last": LastToken, "first": FirstToken, "document": Document}
+
+    def add_scores(self, config: ArchConfig, count: int, bias: bool = True) -> None:
+        self.pooler = self.poolers[config.pooling](config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.score = nn.Linear(config.hidden_size, count, bias=bias)
+
+    def scores(self, outputs: ModelOutput, input_ids, attention_mask) -> torch.Tensor:
+        """[batch, scores]"""
+        real = attention_mask
+        if real is None and input_ids is not None and self.config.pad_token_id is not None:
+            real = input_ids != self.config.pad_token_id
+        return self.score(self.dropout(self.pooler(outputs, real)))
+
+
+class SequenceClassification(TextHead):
+    """A head that names the whole text, or scores it."""
 
     def add_head(self, config):
         self.num_labels = config.num_labels
-        self.pooler = self.poolers[config.pooling](config)
-        self.dropout = nn.Dropout(config.hidden_dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.add_scores(config, config.num_labels)
 
     @can_return_tuple
     def forward(
@@ -65,10 +91,7 @@ class SequenceClassification(Head):
     ) -> SequenceClassifierOutputWithPast:
         told = {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids}
         outputs = self.model(input_ids, attention_mask, position_ids, **told, **kwargs)
-        real = attention_mask
-        if real is None and input_ids is not None and self.config.pad_token_id is not None:
-            real = input_ids != self.config.pad_token_id
-        logits = self.score(self.dropout(self.pooler(outputs.last_hidden_state, real)))
+        logits = self.scores(outputs, input_ids, attention_mask)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **kwargs)
@@ -76,6 +99,40 @@ class SequenceClassification(Head):
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class MultipleChoice(TextHead):
+    """A head that chooses among texts: all arguments are [batch, choices, length], labels [batch]."""
+
+    def add_head(self, config):
+        self.add_scores(config, 1, bias=False)  # what all choices have in common chooses none
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        labels=None,
+        token_type_ids=None,
+        num_items_in_batch=None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MultipleChoiceModelOutput:
+        told = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        told |= {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids} | kwargs
+        texts = input_ids if inputs_embeds is None else inputs_embeds
+        if texts is not None and texts.ndim != 3 + (inputs_embeds is not None):
+            raise ValueError(f"Expected [batch, choices, length], not {list(texts.shape)}: give the choices of a row.")
+        flat = {name: x.flatten(0, 1) if isinstance(x, torch.Tensor) and x.ndim > 2 else x for name, x in told.items()}
+        outputs = self.model(**flat)
+        logits = self.scores(outputs, flat["input_ids"], flat["attention_mask"]).view(texts.shape[:2])
+        return MultipleChoiceModelOutput(
+            loss=None if labels is None else fixed_cross_entropy(logits, labels, num_items_in_batch),
+            logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

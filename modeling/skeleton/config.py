@@ -5,6 +5,34 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+# How the parts of a feed-forward are split over the processes of a tensor-parallel group, by its kind
+TENSOR_PARALLEL = {
+    "gated": {
+        "layers.*.feed_forward.gate_proj": "colwise",
+        "layers.*.feed_forward.up_proj": "colwise",
+        "layers.*.feed_forward.down_proj": "rowwise",
+    },
+    "dense": {"layers.*.feed_forward.up_proj": "colwise", "layers.*.feed_forward.down_proj": "rowwise"},
+    "sparse": {
+        "layers.*.feed_forward.experts.gate_up_proj": "packed_colwise",
+        "layers.*.feed_forward.experts.down_proj": "rowwise",
+        "layers.*.feed_forward.experts": "moe_tp_experts",
+    },
+}
+EXPERT_PARALLEL = {
+    "layers.*.feed_forward.experts.gate_up_proj": "grouped_gemm",
+    "layers.*.feed_forward.experts.down_proj": "grouped_gemm",
+    "layers.*.feed_forward.experts": "ep_dispatch_experts",
+}
+EXPERT_FIELDS = (
+    "num_local_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "router_aux_loss_coef",
+    "output_router_logits",
+)
 
 
 @strict
@@ -23,17 +51,19 @@ class ArchConfig(PreTrainedConfig):
         Whether the projections of mixers, and those of feed-forwards, have a bias.
     embedding_norm (`bool`), type_vocab_size (`int`):
         Whether embeddings are normed; how many kinds of segment have an embedding of their own (0: none).
+    num_local_experts, num_experts_per_tok, moe_intermediate_size (`int`, *optional*):
+        Of feed-forwards of type `"sparse"`: how many experts one has, how many of them a token takes, and the width
+        inside an expert, by default `intermediate_size`.
+    router_aux_loss_coef (`float`), output_router_logits (`bool`):
+        Weight of the loss that keeps experts equally busy, and whether the model answers with the logits of its routers
+        and adds that loss.
     """
 
     keys_to_ignore_at_inference = ["past_key_values"]
-    base_model_tp_plan = {
-        "layers.*.feed_forward.gate_proj": "colwise",
-        "layers.*.feed_forward.up_proj": "colwise",
-        "layers.*.feed_forward.down_proj": "rowwise",
-    }
+    base_model_tp_plan = {}  # of the mixers; that of the feed-forwards in use is added
     layer_kinds: ClassVar[tuple[str, ...]] = ("full_attention",)  # what `layer_types` may name, the default first
-    feed_forward_kinds: ClassVar[tuple[str, ...]] = ("gated", "dense")
-    pooling: ClassVar[str] = "last"  # the token that speaks for a text: the last of a decoder, the first of an encoder
+    feed_forward_kinds: ClassVar[tuple[str, ...]] = ("gated", "dense", "sparse")
+    pooling: ClassVar[str] = "last"  # what speaks for a text: a decoder's last token, an encoder's first, or "document"
 
     vocab_size: int = 32000
     hidden_size: int = 2048
@@ -52,6 +82,11 @@ class ArchConfig(PreTrainedConfig):
     mlp_bias: bool = False
     embedding_norm: bool = False
     type_vocab_size: int = 0
+    num_local_experts: int | None = None
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int | None = None
+    router_aux_loss_coef: float | int = 0.001
+    output_router_logits: bool = False
     use_cache: bool = True
     tie_word_embeddings: bool = False
     pad_token_id: int | None = None
@@ -64,12 +99,36 @@ class ArchConfig(PreTrainedConfig):
             self.layer_types = self.repeated(self.layer_pattern())
         if self.feed_forward_types is None:
             self.feed_forward_types = self.repeated(self.feed_forward_pattern())
+        self.base_model_tp_plan = self.stack_tp_plan()
+        if self.has_experts:
+            self.base_model_ep_plan = EXPERT_PARALLEL
         super().__post_init__(**kwargs)
+
+    def mixer_tp_plan(self) -> dict[str, str]:
+        """How the projections of mixers are split over the processes of a tensor-parallel group."""
+        return type(self).base_model_tp_plan
+
+    def stack_tp_plan(self) -> dict[str, str]:
+        """The same of a whole stack: of its mixers, and of the feed-forwards in use."""
+        plan = dict(self.mixer_tp_plan())
+        for kind in self.feed_forward_types:
+            plan |= TENSOR_PARALLEL.get(kind, {})
+        return plan
+
+    @property
+    def has_experts(self) -> bool:
+        return "sparse" in self.feed_forward_types
 
     def to_dict(self) -> dict:
         """As in transformers, with `layer_types` under the name `mixer_types`: a resumed Trainer reads config.json as a
-        plain PreTrainedConfig, which raises for layer types other than transformers' own."""
-        return {"mixer_types" if name == "layer_types" else name: value for name, value in super().to_dict().items()}
+        plain PreTrainedConfig, which raises for layer types other than transformers' own. What is said of experts is
+        left out where there are none."""
+        unsaid = ("base_model_ep_plan",) if self.has_experts else EXPERT_FIELDS
+        return {
+            "mixer_types" if name == "layer_types" else name: value
+            for name, value in super().to_dict().items()
+            if name not in unsaid
+        }
 
     def layer_pattern(self) -> list[str]:
         """The layer types of one period, repeated down the stack."""
@@ -104,7 +163,95 @@ class ArchConfig(PreTrainedConfig):
             raise ValueError(f"hidden_act {self.hidden_act!r} is unknown; there are {', '.join(sorted(ACT2FN))}.")
         for name, kinds in (("layer_types", self.layer_kinds), ("feed_forward_types", self.feed_forward_kinds)):
             types = getattr(self, name)
-            if len(types) != self.num_hidden_layers:
-                raise ValueError(f"{name} has {len(types)} entries for {self.num_hidden_layers} layers.")
             if unknown := sorted(set(types) - set(kinds)):
                 raise ValueError(f"{name} has {', '.join(unknown)}; {self.model_type} knows {', '.join(kinds)}.")
+            if len(types) != self.num_hidden_layers:
+                raise ValueError(f"{name} has {len(types)} entries for {self.num_hidden_layers} layers.")
+        self.validate_experts()
+
+    def validate_experts(self):
+        """Raise ValueError where the experts' fields contradict each other or the types of the feed-forwards."""
+        experts = self.num_local_experts
+        if self.has_experts and experts is None:
+            raise ValueError("Feed-forwards of type sparse need num_local_experts: how many experts they have.")
+        if self.output_router_logits and not self.has_experts:
+            raise ValueError("output_router_logits asks for routers, but no feed-forward is sparse.")
+        if experts is None:
+            return
+        if not self.has_experts:
+            raise ValueError(
+                f"num_local_experts is {experts}, but no feed-forward is sparse: name some in feed_forward_types."
+            )
+        if not 1 <= self.num_experts_per_tok <= experts:
+            raise ValueError(
+                f"num_experts_per_tok {self.num_experts_per_tok} is not between 1 and num_local_experts {experts}."
+            )
+        if self.moe_intermediate_size is not None and self.moe_intermediate_size < 1:
+            raise ValueError(f"moe_intermediate_size is {self.moe_intermediate_size}; it must be at least 1.")
+        if self.router_aux_loss_coef < 0:
+            raise ValueError(f"router_aux_loss_coef is {self.router_aux_loss_coef}; it must not be negative.")
+        if self.mlp_bias:
+            raise ValueError("Experts have no bias: mlp_bias must be false where a feed-forward is sparse.")
+
+
+@strict
+class AttentionConfig(ArchConfig):
+    """What softmax attention with rotary positions asks beside `ArchConfig`.
+
+    num_key_value_heads, head_dim (`int`, *optional*):
+        Key and value heads that groups of query heads share (1: multi-query); the width of a head.
+    sliding_window (`int`, *optional*):
+        How many tokens a layer of type `"sliding_attention"` sees, itself included.
+    rope_parameters (`dict`, *optional*):
+        As everywhere in transformers: `rope_type` default, linear, dynamic, yarn, llama3, longrope, and its numbers.
+    """
+
+    base_model_tp_plan = {
+        "layers.*.mixer.q_proj": "colwise",
+        "layers.*.mixer.k_proj": "colwise",
+        "layers.*.mixer.v_proj": "colwise",
+        "layers.*.mixer.o_proj": "rowwise",
+    }
+    layer_kinds = ("full_attention", "sliding_attention")
+
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    sliding_window: int | None = None
+    rope_parameters: RopeParameters | dict | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads == 0:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
+
+    @property
+    def turns_pairs(self) -> bool:
+        """Whether positions are rotations of pairs of numbers within a head."""
+        return True
+
+    def validate_architecture(self):
+        super().validate_architecture()
+        if "sliding_attention" in self.layer_types and not (self.sliding_window and self.sliding_window > 0):
+            raise ValueError("Layers of type sliding_attention need a positive sliding_window.")
+        heads = self.num_key_value_heads or self.num_attention_heads
+        if heads < 1 or self.num_attention_heads % heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads {heads}."
+            )
+        if self.turns_pairs and (self.head_dim or self.hidden_size // self.num_attention_heads) % 2:
+            raise ValueError("Rotary positions turn pairs: the width of a head must be even.")
+
+    def validate_rope(self):
+        """Also refuses what transformers only warns of, to fail at the first call."""
+        rope, kinds = self.rope_parameters, ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+        if rope.get("rope_type") not in kinds:
+            raise ValueError(f"rope_type {rope.get('rope_type')!r} is unknown; there are {', '.join(kinds)}.")
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError("partial_rotary_factor must be 1: rotations turn whole heads.")
+        try:
+            super().validate_rope()
+        except KeyError as error:
+            raise ValueError(error.args[0]) from error
+        for name in ("short_factor", "long_factor") if rope["rope_type"] == "longrope" else ():
+            if self.head_dim and len(rope[name]) != self.head_dim // 2:
+                raise ValueError(f"{name} has {len(rope[name])} numbers for the {self.head_dim // 2} pairs of a head.")

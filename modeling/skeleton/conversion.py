@@ -15,22 +15,56 @@ Fields = dict[str, Any]  # of a config.json
 
 class Rule:
     """Tensors whose whole name matches `pattern` become `targets`, where \\1 stands for the first group; without
-    targets they are left behind.
+    targets they are left behind. A target may be a function of (match, config) that answers with names: of a tensor
+    that goes to several places, or to some that depend on our config.
 
     Targets are named as in a model with a head: `model.` begins the backbone, all else is of a head, and stays behind
-    where another head is built. `change(tensor, config)` answers with a tensor, or with one for each target.
+    where another head is built. `change(tensor, config)` answers with a tensor, or with one for each name.
     """
 
-    def __init__(self, pattern: str, *targets: str, change: Callable | None = None):
+    def __init__(self, pattern: str, *targets: str | Callable, change: Callable | None = None):
         self.pattern, self.targets, self.change = re.compile(pattern), targets, change
 
     def apply(self, match: re.Match, tensor: torch.Tensor, config) -> list[tuple[str, torch.Tensor]]:
         """Our names and tensors for a tensor whose name matched."""
-        if not self.targets:
+        names = []
+        for target in self.targets:
+            names += target(match, config) if callable(target) else [match.expand(target)]
+        if not names:
             return []
         pieces = tensor if self.change is None else self.change(tensor, config)
-        pieces = [pieces] if isinstance(pieces, torch.Tensor) else pieces
-        return list(zip(map(match.expand, self.targets), pieces, strict=True))
+        if isinstance(pieces, torch.Tensor):
+            pieces = [pieces, *(pieces.clone() for _ in names[1:])]
+        return list(zip(names, pieces, strict=True))
+
+
+class Stack:
+    """Matrices of single experts become one tensor for all, [experts, out, in].
+
+    `pattern` matches their whole names, with three groups: what all have in common, the number of the expert, and which
+    of `parts` a matrix is. Those of one expert are joined by rows, in the order of `parts`; what comes of all is named
+    `target`, where \\1 stands for what they have in common.
+    """
+
+    def __init__(self, pattern: str, target: str, parts: tuple[str, ...]):
+        self.pattern, self.target, self.parts = re.compile(pattern), target, parts
+
+    def apply(self, tensors: Tensors) -> Tensors:
+        """All tensors, with those that match replaced. Raises ValueError where an expert lacks a part."""
+        left, found = {}, {}
+        for name, tensor in tensors.items():
+            if match := self.pattern.fullmatch(name):
+                found.setdefault(match.expand(self.target), {})[int(match[2]), match[3]] = tensor
+            else:
+                left[name] = tensor
+        for target, matrices in found.items():
+            experts = range(max(number for number, _ in matrices) + 1)
+            if absent := {(number, part) for number in experts for part in self.parts} - matrices.keys():
+                number, part = min(absent)
+                raise ValueError(f"The checkpoint does not fit.\n{target} lacks {part} of expert {number}.")
+            rows = (torch.cat([matrices[number, part] for part in self.parts]) for number in experts)
+            left[target] = torch.stack(list(rows))
+        return left
 
 
 @dataclass(frozen=True)
@@ -40,8 +74,10 @@ class Conversion:
     model_type: what their config.json says; one that says nothing is known by its field `mark`.
     heads: our head for each class that `architectures` may name; `default_head` where it names none.
     config: the fields of their config.json -> those of ours; raises ValueError for what ours cannot be.
+    choices: fields of ours that the original leaves open, which `config` also takes by their names.
     rules: the first that matches a tensor's name holds.
     prepare: (tensors, fields) -> tensors, where names differ by age, or a tensor is shared or absent by design.
+    stacks: matrices of experts that are one tensor in ours, put together before the rules.
     original: (folder, fields, tensors, head) -> the original's own model, a callable on ids that answers with logits or
         hidden states; by default transformers' class of the head.
     """
@@ -52,7 +88,9 @@ class Conversion:
     rules: tuple[Rule, ...]
     default_head: str = "Model"
     mark: str | None = None
+    choices: tuple[str, ...] = ()
     prepare: Callable[[Tensors, Fields], Tensors] = lambda tensors, fields: tensors
+    stacks: tuple[Stack, ...] = ()
     original: Callable[[Path, Fields, Tensors, str], Callable] | None = None
 
     def takes(self, fields: Fields) -> bool:
@@ -72,9 +110,12 @@ class Conversion:
         ValueError names those that are not.
         """
         wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        bare = model.base_model is model
+        bare, left_behind = model.base_model is model, model._keys_to_ignore_on_load_unexpected
         state, origin, misfits, faults = {}, {}, set(), Faults()
-        for source, tensor in self.prepare(tensors, fields).items():
+        tensors = self.prepare(tensors, fields)
+        for stack in self.stacks:
+            tensors = stack.apply(tensors)
+        for source, tensor in tensors.items():
             rule, match = next(((r, m) for r in self.rules if (m := r.pattern.fullmatch(source))), (None, None))
             if rule is None:
                 faults.add("tensors that no rule knows", source)
@@ -83,7 +124,7 @@ class Conversion:
                 of_backbone = name.startswith("model.")
                 name = name.removeprefix("model.") if bare else name
                 if name not in wanted:
-                    if of_backbone:
+                    if of_backbone and not any(re.search(left, name) for left in left_behind):
                         faults.add("tensors that the config leaves no place for", source)
                 elif piece.shape != wanted[name]:
                     faults.add("shapes that differ", f"{source} {list(piece.shape)}, not {list(wanted[name])}")

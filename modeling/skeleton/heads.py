@@ -5,16 +5,17 @@ from typing import ClassVar, Unpack
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache
+from transformers.generation import GenerationMixin, GenerationMode
 from transformers.modeling_outputs import MaskedLMOutput, MoeCausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from ..layers.cache import growing
+from ..layers.cache import RecurrentCacheLayer, growing
 from .backbone import Backbone
+from .checks import check_checkpointing
 from .config import ArchConfig
-from .loss import LOGITS_AT_ONCE, chunked_cross_entropy
+from .loss import LOGITS_AT_ONCE, chunked_cross_entropy, load_balancing, share_of_batch
 from .pretrained import ArchPreTrainedModel
 
 
@@ -59,13 +60,21 @@ class CausalLM(Head, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         token_type_ids: torch.LongTensor | None = None,
+        output_router_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeCausalLMOutputWithPast:
         """
         labels (`torch.LongTensor` [batch, length], *optional*):
             The tokens themselves (they are shifted here), -100 where nothing is asked. In training, when all logits
             would be more than 2^24 numbers, the loss is made without them and `logits` is None.
+        output_router_logits (`bool`, *optional*):
+            Whether to answer with the logits of the routers and with `aux_loss`, which keeps experts equally busy and
+            is added to the loss, times `config.router_aux_loss_coef`. By default as the config says.
         """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        if output_router_logits and torch.is_grad_enabled():
+            check_checkpointing(self.model.layers)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -74,18 +83,16 @@ class CausalLM(Head, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             token_type_ids=token_type_ids,
+            output_router_logits=output_router_logits,
             **kwargs,
         )
-        hidden_states, loss, logits = outputs.last_hidden_state, None, None
-        check_labels(labels, hidden_states)
-        if labels is not None and self.training and hidden_states[..., 0].numel() * self.vocab_size > LOGITS_AT_ONCE:
-            loss = chunked_cross_entropy(hidden_states, self.lm_head, labels, **kwargs)
-        else:
-            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
-            if labels is not None:
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        loss, logits = loss_and_logits(self, outputs.last_hidden_state, labels, logits_to_keep, **kwargs)
+        aux_loss = self.balance(outputs.router_logits, attention_mask) if outputs.router_logits else None
+        if loss is not None and aux_loss is not None:
+            loss = loss + self.config.router_aux_loss_coef * share_of_batch(labels, **kwargs) * aux_loss
         return MoeCausalLMOutputWithPast(
             loss=loss,
+            aux_loss=aux_loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
@@ -93,13 +100,69 @@ class CausalLM(Head, GenerationMixin):
             router_logits=outputs.router_logits,
         )
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
+    def balance(self, router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """The loss that keeps experts equally busy, over the real tokens of this call."""
+        real = None
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            length = router_logits[0].shape[0] // attention_mask.shape[0]
+            real = attention_mask[:, -length:].flatten().bool()
+        return load_balancing(router_logits, self.config.num_experts_per_tok, real)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args):
         """generate() makes the cache; its layers are ours where transformers' would copy everything at every step."""
+        if generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant:
+            self.check_can_go_back()
         given = model_kwargs.get("past_key_values")
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args)
         made = model_kwargs.get("past_key_values")
         if given is None and generation_config.cache_implementation in (None, "dynamic") and made is not None:
             growing(made)
+
+    def check_can_go_back(self) -> None:
+        """Assisted decoding drops tokens that were read. A recurrence does it by going back to before the last call, a
+        window cannot go back so far."""
+        kinds = [DYNAMIC_LAYER_TYPE_MAPPING[kind] for kind in dict.fromkeys(self.config.layer_types)]
+        recurrent = any(issubclass(kind, RecurrentCacheLayer) for kind in kinds)
+        if recurrent and any(getattr(kind, "is_sliding", False) for kind in kinds):
+            raise ValueError(
+                f"Assisted decoding has to go back in the text, and {self.config.model_type} with layers "
+                f"{', '.join(dict.fromkeys(self.config.layer_types))} cannot: generate without assistant_model and "
+                "prompt_lookup_num_tokens."
+            )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        next_sequence_length=None,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        is_first_iteration=False,
+        **kwargs,
+    ):
+        """generate() takes embeddings where they are named here."""
+        if next_sequence_length is not None and past_key_values is not None:
+            told = {"attention_mask": attention_mask, "position_ids": kwargs.get("position_ids")}
+            self.read_again(input_ids[:, :-next_sequence_length], past_key_values, **told)
+        given = (input_ids, next_sequence_length, past_key_values, attention_mask, inputs_embeds, is_first_iteration)
+        return super().prepare_inputs_for_generation(*given, **kwargs)
+
+    def read_again(self, input_ids, past_key_values, attention_mask, position_ids) -> None:
+        """In assisted decoding a recurrence goes back to before the last call: read from there what was accepted."""
+        layers = getattr(past_key_values, "layers", [])
+        if not any(isinstance(layer, RecurrentCacheLayer) and layer.record_past and not layer.past for layer in layers):
+            return
+        seen = min(layer.get_seq_length() for layer in layers)
+        for layer in layers:
+            layer.crop(seen - layer.get_seq_length())
+        length = input_ids.shape[1]
+        if seen < length:
+            self.model(
+                input_ids[:, seen:],
+                attention_mask=None if attention_mask is None else attention_mask[:, :length],
+                position_ids=None if position_ids is None else position_ids[:, seen:length],
+                past_key_values=past_key_values,
+            )
 
     def create_masks_for_generate(
         self, config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
@@ -126,9 +189,10 @@ class MaskedLM(Head):
     """A head that names the hidden tokens."""
 
     _tied_weights_keys = {"lm_head.decoder.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head.decoder": "colwise_gather_output"}
 
     def add_head(self, config):
-        if config.pooling != "first":
+        if config.pooling == "last":
             raise ValueError("A masked token is read from both sides: this model is causal. Take ForCausalLM.")
         self.lm_head = MaskedLMHead(config, self.model.make_norm())
 
@@ -164,3 +228,16 @@ class MaskedLM(Head):
 def check_labels(labels: torch.Tensor | None, hidden_states: torch.Tensor) -> None:
     if labels is not None and labels.shape != hidden_states.shape[:2]:
         raise ValueError(f"labels are {list(labels.shape)}, but the tokens {list(hidden_states.shape[:2])}.")
+
+
+def loss_and_logits(
+    model: Head, hidden_states: torch.Tensor, labels: torch.Tensor | None, logits_to_keep: int | torch.Tensor, **kwargs
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What `model.lm_head` makes of the hidden states; a loss in training over many logits is made without them."""
+    check_labels(labels, hidden_states)
+    if labels is not None and model.training and hidden_states[..., 0].numel() * model.vocab_size > LOGITS_AT_ONCE:
+        return chunked_cross_entropy(hidden_states, model.lm_head, labels, **kwargs), None
+    logits = model.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+    if labels is None:
+        return None, logits
+    return model.loss_function(logits=logits, labels=labels, vocab_size=model.config.vocab_size, **kwargs), logits

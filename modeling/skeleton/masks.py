@@ -44,11 +44,19 @@ def several(documents: torch.Tensor | None) -> bool:
 def causal(make_mask: Callable) -> Callable:
     """transformers looks for packed documents only where there is no padding mask: tell it of both at once.
 
-    `prefix` [batch, length so far] (bool, optional) marks the tokens that see each other both ways.
+    `prefix` [batch, length so far] (bool, optional) marks the tokens that see each other both ways. `layer_idx` is a
+    layer that the mask is for: transformers by itself would take a recurrence for one with full attention.
     """
 
     def make(
-        config, inputs_embeds, attention_mask=None, past_key_values=None, position_ids=None, prefix=None, **kwargs
+        config,
+        inputs_embeds,
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=None,
+        prefix=None,
+        layer_idx=None,
+        **kwargs,
     ):
         told = {"attention_mask": attention_mask, "past_key_values": past_key_values, "position_ids": position_ids}
         documents = number_documents(config, inputs_embeds, **told) if past_key_values is None else None
@@ -56,7 +64,8 @@ def causal(make_mask: Callable) -> Callable:
             told |= {"attention_mask": None, "position_ids": told_apart(documents)}
         if prefix is not None:
             prefix = torch.where(prefix, 1 if documents is None else documents, -1)
-        return make_mask(config=config, inputs_embeds=inputs_embeds, block_sequence_ids=prefix, **told)
+        told |= {"block_sequence_ids": prefix, "layer_idx": layer_idx}
+        return make_mask(config=config, inputs_embeds=inputs_embeds, **told)
 
     return make
 
@@ -92,6 +101,25 @@ def key_positions(inputs_embeds, layer_idx: int, attention_mask=None, past_key_v
         return column[None]
     place = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     return place[:, column.clamp(max=place.shape[1] - 1)]
+
+
+def all_straight(inputs_embeds, attention_mask=None, past_key_values=None, position_ids=None) -> bool:
+    """Whether the last keys are those of the queries, and tokens that see each other are as far apart as their columns:
+    then a bias by distance need not be told their positions. False where it would take tracing, or a wait, to know."""
+    if past_key_values is not None and past_key_values.is_compileable:
+        return False
+    if attention_mask is None and (position_ids is None or past_key_values is None):
+        return True  # where positions do not go on by one, a document begins
+    told = attention_mask if attention_mask is not None else position_ids
+    if told.ndim != 2 or told.device.type != "cpu" or is_tracing(told):
+        return False
+    real = torch.ones_like(position_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if ((real[:, 1:] > real[:, :-1]).sum(-1) + real[:, 0] > 1).any():
+        return False  # padding in the middle
+    if position_ids is None or past_key_values is None:
+        return True
+    counted = count_positions(inputs_embeds, attention_mask, past_key_values)
+    return bool(((position_ids == counted) | ~real[:, -position_ids.shape[1] :]).all())
 
 
 MASKS: dict[str, Callable] = {

@@ -1,5 +1,7 @@
 """What every model of ours is to transformers."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -7,7 +9,17 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
+from ..layers.experts import SORTED
 from .config import ArchConfig
+
+
+class HasExperts:
+    """A method that tells whether there are experts to compute: of a model by its config, since any architecture may
+    have them, of a class by its kind of config. Experts that transformers can compute, it can also deal out."""
+
+    def __get__(self, model: PreTrainedModel | None, model_class: type[PreTrainedModel]) -> Callable[[], bool]:
+        config = model_class.config_class if model is None else model.config
+        return functools.partial(bool, config.base_model_ep_plan)
 
 
 class ArchPreTrainedModel(PreTrainedModel):
@@ -67,9 +79,11 @@ class ArchPreTrainedModel(PreTrainedModel):
     def _can_set_attn_implementation(cls) -> bool:
         return True
 
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        return bool(cls.config_class.base_model_ep_plan)  # experts that transformers can compute, it can also deal out
+    _can_set_experts_implementation = HasExperts()
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """As in transformers, but ours where none is asked for."""
+        return super().get_correct_experts_implementation(requested_experts or SORTED)
 
 
 def hub_options(kwargs: dict) -> dict:

@@ -60,9 +60,12 @@ class Ours(HuggingFace):
 
 
 class Transformers(HuggingFace):
-    """A class of transformers: `config` and `model` are their names, `fields` what its config is told beside sizes."""
+    """A class of transformers: `config` and `model` are their names, `fields` what its config is told beside sizes,
+    `padding_rows` how many rows of its table of positions no token takes."""
 
-    def build(self, fields, config, model, **options):
+    def build(self, fields, config, model, padding_rows=0, **options):
+        fields = {"num_key_value_heads": fields["num_attention_heads"]} | fields  # Mixtral's default is 8, whatever
+        fields["max_position_embeddings"] += padding_rows
         made = getattr(self.transformers, config)(**(fields | options.get("fields", {})))
         return getattr(self.transformers, model)(made)
 
@@ -77,3 +80,25 @@ class StaticTransformers(Transformers):
 
     def generate(self, ids, new_tokens, **options):
         return super().generate(ids, new_tokens, cache_implementation="static", **options)
+
+
+class Encoder(HuggingFace):
+    """A model without a head, which learns to answer with zeros."""
+
+    def logits(self, ids):
+        return self.model(input_ids=ids).last_hidden_state
+
+    def loss(self, ids):
+        return self.logits(ids).square().mean()
+
+
+class OurEncoder(Encoder, Ours):
+    pass
+
+
+class T5Encoder(Encoder, Transformers):
+    """Its config has names of its own for two sizes."""
+
+    def build(self, fields, **options):
+        head_dim = fields["hidden_size"] // fields["num_attention_heads"]
+        return super().build(fields | {"d_ff": fields["intermediate_size"], "d_kv": head_dim}, **options)

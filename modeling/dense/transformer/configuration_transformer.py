@@ -1,15 +1,14 @@
 """The Transformer (Vaswani et al., 2017, arXiv:1706.03762) and the choices that later models made in it."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers.modeling_rope_utils import RopeParameters
 
-from ...skeleton.config import ArchConfig
+from ...skeleton.config import AttentionConfig
 
 
 @strict
-class ArchTransformerConfig(ArchConfig):
+class ArchTransformerConfig(AttentionConfig):
     """The default is a Llama: causal, RMSNorm before each sub-layer, rotary positions, SwiGLU.
 
     direction (`str`, defaults to `"causal"`):
@@ -21,49 +20,41 @@ class ArchTransformerConfig(ArchConfig):
         `"rms_norm"` or `"layer_norm"`.
     position_type (`str`, defaults to `"rope"`):
         `"none"`, `"sinusoidal"`, `"learned"`, `"rope"`, `"xpos"`, `"alibi"` or `"t5"`.
-    rope_parameters (`dict`, *optional*):
-        As everywhere in transformers: `rope_type` default, linear, dynamic, yarn, llama3, longrope, and its numbers.
     relative_attention_num_buckets, relative_attention_max_distance (`int`):
         Of T5's bias.
-    num_key_value_heads, head_dim (`int`, *optional*):
-        Key and value heads that groups of query heads share (1: multi-query); the width of a head.
-    sliding_window (`int`, *optional*):
-        How many tokens a layer of type `"sliding_attention"` sees, itself included.
+    attention_scaling (`float`, *optional*):
+        What the products of queries and keys are multiplied by, head_dim^-0.5 by default; 1.0 in T5.
     num_hidden_groups (`int`, *optional*):
         Sets of parameters that successive layers share, as in ALBERT (arXiv:1909.11942); by default each has its own.
     feed_forward_types (`list[str]`, *optional*), hidden_act (`str`):
-        `"gated"` or `"dense"` feed-forwards around any activation: SwiGLU is gated silu, GeGLU gated gelu.
+        `"gated"`, `"dense"` or `"sparse"` feed-forwards around any activation: SwiGLU is gated silu, GeGLU gated gelu.
     """
 
     model_type = "hf_arch_transformer"
-    base_model_tp_plan = ArchConfig.base_model_tp_plan | {
-        "layers.*.mixer.q_proj": "colwise",
-        "layers.*.mixer.k_proj": "colwise",
-        "layers.*.mixer.v_proj": "colwise",
-        "layers.*.mixer.o_proj": "rowwise",
-    }
     layer_kinds = ("full_attention", "sliding_attention", "bidirectional_attention")
+    layer_kinds_of: ClassVar[dict[str, set[str]]] = {
+        "causal": {"full_attention", "sliding_attention"},
+        "prefix": {"full_attention"},
+        "bidirectional": {"bidirectional_attention"},
+    }
 
     direction: Literal["causal", "bidirectional", "prefix"] = "causal"
     residual_type: Literal["pre_norm", "post_norm", "deep_norm", "parallel"] = "pre_norm"
     norm_type: Literal["rms_norm", "layer_norm"] = "rms_norm"
     position_type: Literal["none", "sinusoidal", "learned", "rope", "xpos", "alibi", "t5"] = "rope"
-    rope_parameters: RopeParameters | dict | None = None
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    sliding_window: int | None = None
+    attention_scaling: float | int | None = None
     num_hidden_groups: int | None = None
 
     def __post_init__(self, **kwargs):
-        if self.head_dim is None and self.hidden_size % self.num_attention_heads == 0:
-            self.head_dim = self.hidden_size // self.num_attention_heads
         if self.direction == "bidirectional":
             self.use_cache = False
-        if self.position_type in ("alibi", "t5"):  # a bias per head does not follow the heads to their shards
-            self.base_model_tp_plan = ArchConfig.base_model_tp_plan
         super().__post_init__(**kwargs)
+
+    def mixer_tp_plan(self) -> dict[str, str]:
+        biased = self.position_type in ("alibi", "t5")  # a bias per head does not follow the heads to their shards
+        return {} if biased else super().mixer_tp_plan()
 
     def layer_pattern(self) -> list[str]:
         return ["bidirectional_attention" if self.direction == "bidirectional" else "full_attention"]
@@ -73,31 +64,23 @@ class ArchTransformerConfig(ArchConfig):
         return "first" if self.direction == "bidirectional" else "last"
 
     @property
+    def turns_pairs(self) -> bool:
+        return self.position_type in ("rope", "xpos")
+
+    @property
     def layer_groups(self) -> list[int]:
         groups = self.num_hidden_groups or self.num_hidden_layers
         return [layer * groups // self.num_hidden_layers for layer in range(self.num_hidden_layers)]
 
     def validate_architecture(self):
         super().validate_architecture()
-        allowed = {
-            "causal": {"full_attention", "sliding_attention"},
-            "prefix": {"full_attention"},
-            "bidirectional": {"bidirectional_attention"},
-        }[self.direction]
+        allowed = self.layer_kinds_of[self.direction]
         if wrong := set(self.layer_types) - allowed:
             raise ValueError(
                 f"direction {self.direction!r} has layers of type {', '.join(sorted(allowed))}, not {', '.join(wrong)}."
             )
-        if "sliding_attention" in self.layer_types and not (self.sliding_window and self.sliding_window > 0):
-            raise ValueError("Layers of type sliding_attention need a positive sliding_window.")
-        heads = self.num_key_value_heads or self.num_attention_heads
-        if heads < 1 or self.num_attention_heads % heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads {heads}."
-            )
-        rotated = (self.head_dim or self.hidden_size // self.num_attention_heads) % 2
-        if self.position_type in ("rope", "xpos") and rotated:
-            raise ValueError(f"position_type {self.position_type!r} turns pairs: the width of a head must be even.")
+        if self.attention_scaling is not None and self.attention_scaling <= 0:
+            raise ValueError(f"attention_scaling is {self.attention_scaling}; it must be positive.")
         if self.position_type == "sinusoidal" and self.hidden_size % 2:
             raise ValueError(f"position_type 'sinusoidal' needs an even hidden_size, not {self.hidden_size}.")
         if self.position_type == "xpos" and self.max_position_embeddings > 32768:
@@ -108,21 +91,6 @@ class ArchTransformerConfig(ArchConfig):
         ):
             raise ValueError("relative_attention_max_distance must be over half of relative_attention_num_buckets.")
         self.validate_groups()
-
-    def validate_rope(self):
-        """Also refuses what transformers only warns of, to fail at the first call."""
-        rope, kinds = self.rope_parameters, ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
-        if rope.get("rope_type") not in kinds:
-            raise ValueError(f"rope_type {rope.get('rope_type')!r} is unknown; there are {', '.join(kinds)}.")
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError("partial_rotary_factor must be 1: rotations turn whole heads.")
-        try:
-            super().validate_rope()
-        except KeyError as error:
-            raise ValueError(error.args[0]) from error
-        for name in ("short_factor", "long_factor") if rope["rope_type"] == "longrope" else ():
-            if self.head_dim and len(rope[name]) != self.head_dim // 2:
-                raise ValueError(f"{name} has {len(rope[name])} numbers for the {self.head_dim // 2} pairs of a head.")
 
     def validate_groups(self):
         groups = self.num_hidden_groups or self.num_hidden_layers

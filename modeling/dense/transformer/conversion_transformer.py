@@ -76,9 +76,9 @@ def gpt2_config(fields: Fields) -> Fields:
     }
 
 
-def bert_config(fields: Fields) -> Fields:
+def bert_config(fields: Fields, original: type = BertConfig) -> Fields:
     require(fields, is_decoder=False, add_cross_attention=False, position_embedding_type="absolute")
-    config = BertConfig.from_dict(fields)
+    config = original.from_dict(fields)
     return same_fields(config, "intermediate_size", "hidden_act", "type_vocab_size") | {
         "direction": "bidirectional",
         "residual_type": "post_norm",
@@ -93,6 +93,15 @@ def bert_config(fields: Fields) -> Fields:
         "attention_dropout": config.attention_probs_dropout_prob,
     }
 
+
+BERT_LAYER = (  # what is in its layers, and in ours; the first group of a rule is the number of the layer
+    (r"attention\.self\.([qkv])(?:uery|ey|alue)\.(\w+)", r"mixer.\2_proj.\3"),
+    (r"attention\.output\.dense\.(\w+)", r"mixer.o_proj.\2"),
+    (r"attention\.output\.LayerNorm\.(\w+)", r"residual.norm.mixer.\2"),
+    (r"intermediate\.dense\.(\w+)", r"feed_forward.up_proj.\2"),
+    (r"output\.dense\.(\w+)", r"feed_forward.down_proj.\2"),
+    (r"output\.LayerNorm\.(\w+)", r"residual.norm.feed_forward.\2"),
+)
 
 LLAMA = Conversion(
     model_type="llama",
@@ -190,14 +199,7 @@ BERT = Conversion(
         ),
         *(
             Rule(rf"(?:bert\.)?encoder\.layer\.(\d+)\.{theirs}", rf"model.layers.\1.{ours}")
-            for theirs, ours in (
-                (r"attention\.self\.([qkv])(?:uery|ey|alue)\.(\w+)", r"mixer.\2_proj.\3"),
-                (r"attention\.output\.dense\.(\w+)", r"mixer.o_proj.\2"),
-                (r"attention\.output\.LayerNorm\.(\w+)", r"residual.norm.mixer.\2"),
-                (r"intermediate\.dense\.(\w+)", r"feed_forward.up_proj.\2"),
-                (r"output\.dense\.(\w+)", r"feed_forward.down_proj.\2"),
-                (r"output\.LayerNorm\.(\w+)", r"residual.norm.feed_forward.\2"),
-            )
+            for theirs, ours in BERT_LAYER
         ),
         Rule(r"(?:bert\.)?pooler\.dense\.(\w+)", r"pooler.dense.\1"),
         Rule(r"cls\.seq_relationship\.\w+"),

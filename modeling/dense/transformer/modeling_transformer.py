@@ -1,53 +1,24 @@
-"""The Transformer (Vaswani et al., 2017, arXiv:1706.03762): each choice of the config is a class, picked once."""
+"""The Transformer (Vaswani et al., 2017, arXiv:1706.03762) and the choices that later models made in it."""
 
 from typing import Unpack
 
 import torch
-from torch import nn
 from transformers.utils import TransformersKwargs
 
 from ...layers.attention import Attention, BidirectionalAttention
-from ...layers.positions import (
-    AlibiBias,
-    LearnedPositions,
-    NoPositions,
-    RotaryEmbedding,
-    SinusoidalPositions,
-    T5Bias,
-    XPosRotaryEmbedding,
-)
-from ...layers.residual import DeepNorm, Parallel, PostNorm, PreNorm
-from ...skeleton.backbone import Backbone
 from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
 from ...skeleton.heads import CausalLM, MaskedLM
+from ...skeleton.laboratory import Laboratory
 from .configuration_transformer import ArchTransformerConfig
 
-NORMS = {"rms_norm": nn.RMSNorm, "layer_norm": nn.LayerNorm}
-WIRINGS = {"pre_norm": PreNorm, "post_norm": PostNorm, "deep_norm": DeepNorm, "parallel": Parallel}
-POSITIONS = {
-    "none": NoPositions,
-    "sinusoidal": SinusoidalPositions,
-    "learned": LearnedPositions,
-    "rope": RotaryEmbedding,
-    "xpos": XPosRotaryEmbedding,
-    "alibi": AlibiBias,
-    "t5": T5Bias,
-}
 
-
-class ArchTransformerModel(Backbone):
+class ArchTransformerModel(Laboratory):
     config: ArchTransformerConfig
     mixers = {
         "full_attention": Attention,
         "sliding_attention": Attention,
         "bidirectional_attention": BidirectionalAttention,
     }
-
-    def __init__(self, config: ArchTransformerConfig):
-        self.norm_class = NORMS[config.norm_type]
-        self.residual = WIRINGS[config.residual_type]
-        self.positions = POSITIONS[config.position_type]
-        super().__init__(config)
 
     def make_masks(
         self,

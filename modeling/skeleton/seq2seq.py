@@ -1,0 +1,291 @@
+"""An encoder, and a decoder whose layers also attend to what the encoder answered (Vaswani et al., 2017, section 3.1).
+
+Both are backbones: the decoder is one that has a `cross_attention`, and the config tells them apart by `stack(name)`.
+"""
+
+from typing import ClassVar, Unpack
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqMoEModelOutput, Seq2SeqMoEOutput
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
+
+from ..layers.cache import growing
+from .backbone import Backbone
+from .config import ArchConfig
+from .heads import Head, loss_and_logits
+from .masks import count_positions, number_documents, several
+from .pretrained import ArchPreTrainedModel
+
+
+class EncoderOnly(ArchPreTrainedModel):
+    """The encoder of an encoder-decoder, by itself."""
+
+    encoder_backbone: ClassVar[type[Backbone]]
+    _keys_to_ignore_on_load_unexpected = [r"(^|\.)decoder\.", r"^lm_head\."]
+
+    def __init__(self, config: ArchConfig):
+        super().__init__(config)
+        self.encoder = self.encoder_backbone(config.stack("encoder"))
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        share_embeddings(value, self.encoder)
+
+    @can_return_tuple
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutput:
+        return self.encoder(input_ids, attention_mask, position_ids, **kwargs)
+
+
+class EncoderDecoder(ArchPreTrainedModel):
+    """Both stacks, with one table of embeddings."""
+
+    encoder_backbone: ClassVar[type[Backbone]]
+    decoder_backbone: ClassVar[type[Backbone]]
+    _tied_weights_keys = {"decoder.embed_tokens.weight": "encoder.embed_tokens.weight"}
+
+    def __init__(self, config: ArchConfig):
+        super().__init__(config)
+        if not config.is_encoder_decoder:
+            raise ValueError("The config is of an encoder alone (is_encoder_decoder=False): it has no decoder.")
+        self.encoder = self.encoder_backbone(config.stack("encoder"))
+        self.decoder = self.decoder_backbone(config.stack("decoder"))
+        self.post_init()
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict:
+        """`tie_word_embeddings` is about the head: the stacks share their embeddings always."""
+        if all_submodels:
+            return super().get_expanded_tied_weights_keys(all_submodels=True)
+        return dict(self._tied_weights_keys)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        share_embeddings(value, self.encoder, self.decoder)
+
+    @can_return_tuple
+    @merge_with_config_defaults
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: BaseModelOutput | tuple | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        decoder_inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        position_ids: torch.LongTensor | None = None,
+        decoder_position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Seq2SeqMoEModelOutput:
+        """
+        decoder_input_ids (`torch.LongTensor` [batch, length], *optional*):
+            By default the decoder reads the source, moved one to the right, as in BART (arXiv:1910.13461). Not in
+            training, where it would be a mistake: a Trainer that smooths labels does not hand them over.
+        encoder_outputs (*optional*):
+            What the encoder answered, if it was asked before; the hidden states [batch, length, size] come first.
+        position_ids, decoder_position_ids (*optional*):
+            Where they restart, a document begins: the n-th of the decoder attends to the n-th of the encoder.
+        """
+        if encoder_outputs is None:
+            told = {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids}
+            encoder_outputs = self.encoder(input_ids, attention_mask, position_ids, **told, **kwargs)
+        elif not isinstance(encoder_outputs, dict):
+            names = ("last_hidden_state", "hidden_states", "attentions")
+            encoder_outputs = BaseModelOutput(**dict(zip(names, encoder_outputs, strict=False)))
+        encoded = encoder_outputs["last_hidden_state"]
+        told = decoder_input_ids is not None or decoder_inputs_embeds is not None
+        if not told and input_ids is not None and not self.training:
+            decoder_input_ids = self.shifted(input_ids)
+        check_decoder_call(decoder_input_ids, decoder_inputs_embeds, past_key_values)
+        queries = decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
+        check_source(encoded, attention_mask, queries)
+        source, target = (attention_mask, position_ids), (decoder_attention_mask, decoder_position_ids)
+        kwargs["encoder_attention_mask"] = cross_mask(self.config, encoded, queries, source, target, past_key_values)
+        answer = (decoder_input_ids, *target)
+        outputs, cache = self.decode(answer, past_key_values, use_cache, encoded, decoder_inputs_embeds, **kwargs)
+        return Seq2SeqMoEModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=cache,
+            decoder_hidden_states=outputs.hidden_states,
+            decoder_attentions=outputs.attentions,
+            decoder_router_logits=outputs.router_logits,
+            cross_attentions=outputs.get("cross_attentions"),
+            encoder_last_hidden_state=encoded,
+            encoder_hidden_states=encoder_outputs.get("hidden_states"),
+            encoder_attentions=encoder_outputs.get("attentions"),
+            encoder_router_logits=encoder_outputs.get("router_logits"),
+        )
+
+    def decode(self, answer: tuple, past_key_values, use_cache: bool, encoded: torch.Tensor, inputs_embeds, **kwargs):
+        """What the decoder says to `answer` (ids, mask, position ids), and both caches. It makes its own, after its
+        masks, in which packed documents are looked for only where there is none."""
+        caching = use_cache and past_key_values is None and not self.training
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if caching else past_key_values
+        replayed = self.training and self.decoder.gradient_checkpointing  # a layer is called twice: it keeps nothing
+        outputs = self.decoder(
+            *answer,
+            None if past_key_values is None else past_key_values.self_attention_cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            encoder_hidden_states=encoded,
+            cross_cache=None if replayed else cache,
+            **kwargs,
+        )
+        if caching:
+            cache.self_attention_cache = outputs.past_key_values
+        return outputs, cache
+
+    def shifted(self, tokens: torch.LongTensor) -> torch.LongTensor:
+        """tokens [batch, length] moved one to the right, behind the start token, with padding for -100."""
+        start = torch.full_like(tokens[:, :1], self.config.decoder_start_token_id)
+        return torch.cat((start, tokens[:, :-1].masked_fill(tokens[:, :-1] == -100, self.config.pad_token_id)), dim=1)
+
+
+def share_embeddings(value: nn.Module, *stacks: Backbone) -> None:
+    """Give the stacks one table of embeddings."""
+    for stack in stacks:
+        stack.embed_tokens, stack.config.vocab_size = value, len(value.weight)
+
+
+def check_decoder_call(decoder_input_ids, decoder_inputs_embeds, past_key_values) -> None:
+    if (decoder_input_ids is None) == (decoder_inputs_embeds is None):
+        raise ValueError(
+            "Give exactly one of decoder_input_ids and decoder_inputs_embeds, or, to a model with a loss, labels."
+        )
+    if past_key_values is not None and not isinstance(past_key_values, EncoderDecoderCache):
+        raise ValueError(
+            f"past_key_values is a {type(past_key_values).__name__}: it is of another model, since an encoder-decoder "
+            "keeps two. Give none, or EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache())."
+        )
+
+
+def check_source(encoded: torch.Tensor, attention_mask: torch.Tensor | None, queries: torch.Tensor) -> None:
+    if len(encoded) != len(queries):
+        raise ValueError(f"The encoder answered {len(encoded)} rows, but the decoder is to go on with {len(queries)}.")
+    if attention_mask is not None and attention_mask.shape != encoded.shape[:2]:
+        raise ValueError(
+            f"attention_mask is {list(attention_mask.shape)}, but the encoder's answer {list(encoded.shape[:2])}: "
+            "the mask is that of the source, decoder_attention_mask that of the decoder's input."
+        )
+
+
+def cross_mask(config, encoded: torch.Tensor, queries: torch.Tensor, source: tuple, target: tuple, past_key_values):
+    """Every query sees what is real in the source, or, in packed rows, in its own document of it.
+
+    source, target: the mask and the position ids of each, or None.
+    """
+    pattern = {}
+    packed = past_key_values is None and not (source[1] is None and target[1] is None)
+    documents = [
+        number_documents(config, tokens, mask, None, position_ids)
+        for tokens, (mask, position_ids) in ((encoded, source), (queries, target))
+        if packed
+    ]
+    if any(several(numbers) for numbers in documents):
+        numbered = zip((encoded, queries), documents, strict=True)
+        of_source, of_target = (
+            torch.ones(tokens.shape[:2], dtype=torch.long, device=encoded.device) if numbers is None else numbers
+            for tokens, numbers in numbered
+        )
+        if not is_tracing(of_source) and not torch.equal(of_source.amax(-1), of_target.amax(-1)):
+            raise ValueError(
+                "Packed rows hold as many documents for the encoder as for the decoder: give position_ids and "
+                "decoder_position_ids that restart at each."
+            )
+        # padding among the queries sees all, so that no row of the mask is empty
+        pattern["and_mask_function"] = lambda batch, head, query, key: (
+            (of_target[batch, query] == of_source[batch, key]) | (of_target[batch, query] == 0)
+        )
+    like = encoded.new_empty(*queries.shape[:2], 0)
+    return create_bidirectional_mask(config, like, source[0], encoder_hidden_states=encoded, **pattern)
+
+
+class ConditionalGeneration(Head, GenerationMixin):
+    """An encoder-decoder and a head that names the next token of the answer."""
+
+    backbone: ClassVar[type[EncoderDecoder]]
+    _tied_weights_keys = {"lm_head.weight": "model.encoder.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def add_head(self, config):
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: BaseModelOutput | tuple | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        decoder_inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        position_ids: torch.LongTensor | None = None,
+        decoder_position_ids: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        token_type_ids: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Seq2SeqMoEOutput:
+        """
+        labels (`torch.LongTensor` [batch, length], *optional*):
+            The answer, -100 where nothing is asked. Without an input of its own the decoder reads them moved one to the
+            right. In training, when all logits would be more than 2^24 numbers, the loss is made without them and
+            `logits` is None.
+        """
+        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        items = kwargs.pop("num_items_in_batch", None)
+        source = (input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs)
+        told = (past_key_values, inputs_embeds, decoder_inputs_embeds, use_cache, position_ids, decoder_position_ids)
+        outputs = self.model(*source, *told, token_type_ids, **kwargs)
+        hidden_states = outputs.last_hidden_state
+        if self.config.scale_logits:
+            hidden_states = hidden_states * self.config.hidden_size**-0.5
+        if labels is not None:  # the decoder's input is what is shifted
+            kwargs |= {"num_items_in_batch": items, "shift_labels": labels.contiguous()}
+        loss, logits = loss_and_logits(self, hidden_states, labels, logits_to_keep, **kwargs)
+        told = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return Seq2SeqMoEOutput(loss=loss, logits=logits, **told)
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
+        """What the decoder reads to name the labels [batch, length]."""
+        return self.model.shifted(labels)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
+        """generate() makes both caches of the decoder's layer types, but neither a state nor a window can hold the
+        source: the cross-attention's grows, once."""
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        made = model_kwargs.get("past_key_values")
+        if given is None and made is not None:
+            if generation_config.cache_implementation in (None, "dynamic"):
+                growing(made.self_attention_cache)
+            model_kwargs["past_key_values"] = EncoderDecoderCache(made.self_attention_cache, DynamicCache())
+
+    def create_masks_for_generate(
+        self, config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
+    ):
+        """Called by generate() with a static cache, which must not see the mask grow; it tells no positions, and only
+        the mask knows them."""
+        cache: Cache = past_key_values.self_attention_cache
+        masks = self.model.decoder.make_masks(inputs_embeds, attention_mask, cache, position_ids)
+        return masks | {"position_ids": count_positions(inputs_embeds, attention_mask, cache)}
