@@ -16,7 +16,7 @@ class HuggingFace(Subject):
         self.transformers.logging.set_verbosity_error()
         self.model = self.build(shape | {"max_position_embeddings": longest}, **options)
 
-    def build(self, fields: dict, **options) -> torch.nn.Module:
+    def build(self, sizes: dict, **options) -> torch.nn.Module:
         raise NotImplementedError
 
     def logits(self, ids):
@@ -53,9 +53,9 @@ class HuggingFace(Subject):
 class Ours(HuggingFace):
     """A row of the catalogue."""
 
-    def build(self, fields, row, head, **options):
+    def build(self, sizes, row, head, **options):
         architecture = importlib.import_module("hf_arch").find(row)
-        fields |= architecture.head_fields.get(head, {})
+        fields = sizes | architecture.head_fields.get(head, {})
         return architecture.load(head)(architecture.load("Config")(**fields))
 
 
@@ -63,10 +63,10 @@ class Transformers(HuggingFace):
     """A class of transformers: `config` and `model` are their names, `fields` what its config is told beside sizes,
     `padding_rows` how many rows of its table of positions no token takes."""
 
-    def build(self, fields, config, model, padding_rows=0, **options):
-        fields = {"num_key_value_heads": fields["num_attention_heads"]} | fields  # Mixtral's default is 8, whatever
-        fields["max_position_embeddings"] += padding_rows
-        made = getattr(self.transformers, config)(**(fields | options.get("fields", {})))
+    def build(self, sizes, config, model, fields=None, padding_rows=0, **options):
+        sizes = {"num_key_value_heads": sizes["num_attention_heads"]} | sizes  # Mixtral's default is 8, whatever
+        sizes["max_position_embeddings"] += padding_rows
+        made = getattr(self.transformers, config)(**(sizes | (fields or {})))
         return getattr(self.transformers, model)(made)
 
 
@@ -120,6 +120,6 @@ class OurEncoder(Encoder, Ours):
 class T5Encoder(Encoder, Transformers):
     """Its config has names of its own for two sizes."""
 
-    def build(self, fields, **options):
-        head_dim = fields["hidden_size"] // fields["num_attention_heads"]
-        return super().build(fields | {"d_ff": fields["intermediate_size"], "d_kv": head_dim}, **options)
+    def build(self, sizes, **options):
+        head_dim = sizes["hidden_size"] // sizes["num_attention_heads"]
+        return super().build(sizes | {"d_ff": sizes["intermediate_size"], "d_kv": head_dim}, **options)
