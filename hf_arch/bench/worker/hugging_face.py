@@ -85,8 +85,8 @@ class StaticTransformers(Transformers):
 class Mamba(Transformers):
     """Its cache has a name of its own, and what is called `intermediate_size` is another size."""
 
-    def build(self, fields, **options):
-        return super().build({name: size for name, size in fields.items() if name != "intermediate_size"}, **options)
+    def build(self, sizes, **options):
+        return super().build({name: size for name, size in sizes.items() if name != "intermediate_size"}, **options)
 
     def begin(self, ids, room):
         return self.model(input_ids=ids, use_cache=True).cache_params
@@ -98,9 +98,9 @@ class Mamba(Transformers):
 class Mamba2(Mamba):
     """Its heads are together twice as wide as the model."""
 
-    def build(self, fields, **options):
-        heads = fields["num_attention_heads"]
-        return super().build(fields | {"num_heads": heads, "head_dim": 2 * fields["hidden_size"] // heads}, **options)
+    def build(self, sizes, **options):
+        heads = sizes["num_attention_heads"]
+        return super().build(sizes | {"num_heads": heads, "head_dim": 2 * sizes["hidden_size"] // heads}, **options)
 
 
 class Encoder(HuggingFace):
