@@ -61,12 +61,13 @@ def chunk_decayed_attention(
         q, k, v = (in_chunks(x.to(wide), size) for x in (query, key, value))
         of_group = groups, heads // groups
         scores = (q @ k.transpose(-1, -2))[:, :, :, None] * within.unflatten(2, of_group)
-        # What keys share, all heads of a group take in one product: [key_dim, size] @ [size, heads * dim]
+        # What the heads of a group take in by the same keys lies side by side: [key_dim, size] @ [size, heads * dim]
         beside = (v * out_of).unflatten(2, of_group).transpose(3, 4).flatten(-2)
-        added = (k.transpose(-1, -2) @ beside).unflatten(-1, (-1, dim)).transpose(3, 4).flatten(2, 3)
-        before, state = carry(added, across, initial_state)
-        beside = before.unflatten(2, of_group).transpose(3, 4).flatten(-2)
-        carried = (q @ beside).unflatten(-1, (-1, dim)).transpose(3, 4).flatten(2, 3) * into
+        added = (k.transpose(-1, -2) @ beside).unflatten(-1, (-1, dim))
+        state = None if initial_state is None else initial_state.unflatten(1, of_group).transpose(2, 3)
+        before, state = carry(added, across.unflatten(2, of_group).transpose(3, 4), state)
+        carried = (q @ before.flatten(-2)).unflatten(-1, (-1, dim)).transpose(3, 4).flatten(2, 3) * into
         output = torch.baddbmm(carried.flatten(0, 2), scores.flatten(0, 3), v.flatten(0, 2)).view_as(carried)
         output = output.transpose(2, 3).flatten(1, 2)[:, :length]
-    return output.to(value.dtype), state if output_final_state else None
+        state = state.transpose(2, 3).flatten(1, 2) if output_final_state else None
+    return output.to(value.dtype), state

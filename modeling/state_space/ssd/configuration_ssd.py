@@ -8,7 +8,7 @@ from ..configuration_selective import SelectiveConfig
 @strict
 class ArchSSDConfig(SelectiveConfig):
     """
-    num_attention_heads (`int`, defaults to 24):
+    num_attention_heads (`int`, defaults to 64):
         Heads, each with a decay of its own; together they are `expand` times `hidden_size` wide.
     n_groups (`int`, defaults to 1):
         Groups of heads that share what goes into the state and what is read from it (B and C).
@@ -18,7 +18,7 @@ class ArchSSDConfig(SelectiveConfig):
 
     model_type = "hf_arch_ssd"
 
-    num_attention_heads: int = 24
+    num_attention_heads: int = 64
     state_size: int = 128
     n_groups: int = 1
     time_step_limit: list[float] | None = None
