@@ -26,7 +26,7 @@ def recurrent_selective_scan(x, step, A, key, query, *, documents=None, initial_
     outputs = []
     with torch.autocast(x.device.type, enabled=False):
         for t in range(x_.shape[1]):
-            decay = torch.exp(step[:, t, None, :] * A) * keep[:, t, :, None]
+            decay = left(step[:, t], A, None if keep is None else keep[:, t])
             state = torch.addcmul(decay * state, key[:, t, :, None], (step * x_)[:, t, None, :])
             outputs.append((query[:, t, None, :] @ state).squeeze(-2))
     return torch.stack(outputs, dim=1).to(x.dtype), state if output_final_state else None
@@ -38,7 +38,8 @@ def chunk_selective_scan(x, step, A, key, query, *, documents=None, initial_stat
     x_, step, A, key, query, keep, state = prepared(x, step, A, key, query, documents, initial_state)
     outputs, again = [], torch.is_grad_enabled()
     with torch.autocast(x.device.type, enabled=False):
-        for piece in zip(*(tensor.split(BLOCK, dim=1) for tensor in (step * x_, step, key, query, keep)), strict=True):
+        tensors = (step * x_, step, key, query) if keep is None else (step * x_, step, key, query, keep)
+        for piece in zip(*(tensor.split(BLOCK, dim=1) for tensor in tensors), strict=True):
             if again:
                 output, state = checkpoint(scan_block, A, state, *piece, use_reentrant=False)
             else:
@@ -48,10 +49,11 @@ def chunk_selective_scan(x, step, A, key, query, *, documents=None, initial_stat
 
 
 def prepared(x, step, A, key, query, documents, state) -> tuple[torch.Tensor, ...]:
-    """Everything wide; steps of 0 at padding; and whether the state goes on at each token [batch, length, 1]."""
+    """Everything wide; steps of 0 at padding; and whether the state goes on at each token
+    [batch, length, 1], None where it always does."""
     wide = torch.promote_types(x.dtype, torch.float32)
     x, step, A, key, query = (tensor.to(wide) for tensor in (x, step, A, key, query))
-    keep = torch.ones_like(x[:, :, :1])
+    keep = None
     if documents is not None:
         real, document = document_runs(documents, x)
         step = step * real[..., None]
@@ -61,7 +63,13 @@ def prepared(x, step, A, key, query, documents, state) -> tuple[torch.Tensor, ..
     return x, step, A, key, query, keep, state
 
 
-def scan_block(A, state, added, step, key, query, keep) -> tuple[torch.Tensor, torch.Tensor]:
+def left(step: torch.Tensor, A: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+    """[..., states, channels] of what is left of a state after `step` [..., channels]."""
+    decay = torch.exp(step[..., None, :] * A)
+    return decay if keep is None else decay * keep[..., None]
+
+
+def scan_block(A, state, added, step, key, query, keep=None) -> tuple[torch.Tensor, torch.Tensor]:
     """(out [batch, length, channels], the state at the end) of a few tokens. The block is cut into rows of STRIDE
     steps: first what each row adds up by itself, then the states at the starts of rows, then all steps again from
     there."""
@@ -69,18 +77,19 @@ def scan_block(A, state, added, step, key, query, keep) -> tuple[torch.Tensor, t
     pad = -length % size
     if pad:  # steps of 0 that go on
         added, step, key, query = (F.pad(tensor, (0, 0, 0, pad)) for tensor in (added, step, key, query))
-        keep = F.pad(keep, (0, 0, 0, pad), value=1.0)
-    added, step, key, query, keep = (
-        tensor.unflatten(1, (-1, size)).unbind(2) for tensor in (added, step, key, query, keep)
-    )  # each [batch, rows, ...] of one step
-    decays = [torch.exp(step[n][..., None, :] * A) * keep[n][..., None] for n in range(size)]
-    inputs = [key[n][..., None] * added[n][..., None, :] for n in range(size)]
-    states, across = inputs[0], decays[0]
+        keep = None if keep is None else F.pad(keep, (0, 0, 0, pad), value=1.0)
+    added, step, key, query = (tensor.unflatten(1, (-1, size)) for tensor in (added, step, key, query))
+    keep = None if keep is None else keep.unflatten(1, (-1, size))
+    across = left(step.sum(2), A, None if keep is None else keep.prod(2))  # [batch, rows, states, channels]
+    goes_on = (None,) * size if keep is None else keep.unbind(2)
+    decays = [left(of_step, A, on) for of_step, on in zip(step.unbind(2), goes_on, strict=True)]
+    inputs = [k[..., None] * x[..., None, :] for k, x in zip(key.unbind(2), added.unbind(2), strict=True)]
+    states = inputs[0]
     for n in range(1, size):
-        states, across = torch.addcmul(inputs[n], decays[n], states), across * decays[n]
+        states = torch.addcmul(inputs[n], decays[n], states)
     states, state = carry(states, across, state)
     outputs = []
     for n in range(size):
         states = torch.addcmul(inputs[n], decays[n], states)
-        outputs.append((query[n][..., None, :] @ states).squeeze(-2))
+        outputs.append((query[:, :, n, None, :] @ states).squeeze(-2))
     return torch.stack(outputs, dim=2).flatten(1, 2)[:, :length], state
