@@ -25,7 +25,7 @@ def register_targets() -> None:
     for row in ARCHITECTURES:
         for mapping in projecting:
             mapping.setdefault(row.model_type, targets(row))
-        scaled = [name for name in ("k_proj", "v_proj", "down_proj") if name in row.lora_targets]
+        scaled = ["k_proj", "v_proj", "down_proj"] if "v_proj" in row.lora_targets else list(row.lora_targets)
         constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING.setdefault(row.model_type, scaled)
         constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.setdefault(row.model_type, ["down_proj"])
 

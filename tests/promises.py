@@ -191,6 +191,12 @@ def some_tokens(batch: int = 2, length: int = LENGTH, seed: int = 1) -> torch.Te
     return torch.randint(3, 96, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def sums(past_key_values) -> list[torch.Tensor]:
+    """The states that add up what was read. Those of convolutions hold copies of it, in its own type."""
+    named = [item for layer in cache_layers_of(past_key_values) for item in getattr(layer, "states", {}).items()]
+    return [state for name, state in named if name != "convolution"]
+
+
 def inputs_and_labels(case: Case, model: nn.Module) -> dict[str, torch.Tensor]:
     """What the case's head takes, with labels."""
     tokens = some_tokens()

@@ -137,7 +137,7 @@ def test_states_of_others_and_damaged_files_are_refused(row_case, tokens, tmp_pa
     other = next(case for case in ROWS if case.row.family != row_case.row.family).decoder()
     with pytest.raises(ValueError, match=f"of a {model.config.model_type}, not of a {other.config.model_type}"):
         hf_arch.load_state(path, other)
-    with pytest.raises(ValueError, match="norm_eps 1e-06, not 0.001"):
+    with pytest.raises(ValueError, match=f"norm_eps {model.config.norm_eps}, not 0.001"):
         hf_arch.load_state(path, row_case.decoder(norm_eps=1e-3))
     trained = row_case.decoder()
     next(weight for name, weight in trained.named_parameters() if "layers" in name).mul_(1.001)

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from hf_arch import lora_config
-from promises import HEADS, MODELS, ROWS, Case, cache_layers_of
+from promises import HEADS, MODELS, ROWS, Case, sums
 
 BATCH = 4
 ONE_LARGE_BATCH = {"atol": 1e-5, "rtol": 1e-4}
@@ -163,9 +163,7 @@ def test_trains_in_bfloat16_with_wide_states(model_case, tmp_path):
     with torch.no_grad(), mixed.compute_loss_context_manager(), mixed.accelerator.autocast():
         told = {"use_cache": True} if mixed.model.can_generate() else {}
         outputs = mixed.model.eval()(pad(documents("ForCausalLM", 2))["input_ids"], **told)
-    cached = cache_layers_of(outputs.past_key_values) if told else ()
-    states = [state for layer in cached for state in getattr(layer, "states", {}).values()]
-    assert {state.dtype for state in states} <= {torch.float32}
+    assert {state.dtype for state in (sums(outputs.past_key_values) if told else ())} <= {torch.float32}
 
 
 def test_label_smoothing_smooths_the_next_token(row_case, tmp_path):

@@ -22,6 +22,8 @@ from hf_arch.modeling.layers.feed_forward import MLP
 from hf_arch.modeling.layers.mixer import Mixer
 from hf_arch.modeling.skeleton.backbone import Backbone
 from hf_arch.modeling.state_space.retnet.modeling_retnet import MultiScaleRetention
+from hf_arch.modeling.state_space.s6.modeling_s6 import S6
+from hf_arch.modeling.state_space.ssd.modeling_ssd import SSD
 
 CHUNK = 64  # tokens that a linear recurrence takes at once: fewer do not fill a matrix product, more are more work
 
@@ -133,6 +135,28 @@ def retention(module: MultiScaleRetention, span: Span) -> Cost:
         operations=span.tokens * (4 * state + within),
         exponentials=span.tokens * value_size,
         numbers=2 * state,
+    )
+
+
+@cost.register
+def ssd(module: SSD, span: Span) -> Cost:
+    """Scores of a chunk once for each group; a decay, a step and a gate by exponentials."""
+    inner, shared, _ = module.mixed_sizes
+    states = shared // module.n_groups * inner
+    within = 2 * min(CHUNK, span.tokens) * (shared + inner) if span.tokens > 1 else 0
+    return projections(module, span) + Cost(
+        operations=span.tokens * (4 * states + within),
+        exponentials=span.tokens * (2 * inner + 2 * shared + 2 * module.num_heads),
+        numbers=2 * states,
+    )
+
+
+@cost.register
+def s6(module: S6, span: Span) -> Cost:
+    """A decay by an exponential for each number of the state."""
+    states, inner = module.A_log.numel(), module.D.numel()
+    return projections(module, span) + Cost(
+        operations=2 * span.tokens * states, exponentials=span.tokens * (states + 3 * inner), numbers=2 * states
     )
 
 

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
@@ -41,3 +43,14 @@ class Mixer(nn.Module):
         **kwargs,
     ) -> torch.Tensor:
         raise NotImplementedError
+
+
+def carry_on(
+    forms: tuple[Callable, Callable], memory: RecurrentCacheLayer | None, name: str, tensors: tuple, **options
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Call an op of `ops/` where the memory says that it stopped: its definition (the first form) for a single step,
+    else its parallel form. The output, and what the memory should write, {} where there is none."""
+    state = None if memory is None else memory.read(name)
+    form = forms[0] if state is not None and tensors[0].shape[1] == 1 else forms[1]
+    output, state = form(*tensors, initial_state=state, output_final_state=memory is not None, **options)
+    return output, {} if memory is None else {name: state}

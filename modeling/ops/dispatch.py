@@ -10,21 +10,23 @@ import torch
 from .documents import find_documents
 
 
-def accelerated(kernel: str) -> Callable[[Callable], Callable]:
+def accelerated(kernel: str, adapt: Callable | None = None) -> Callable[[Callable], Callable]:
     """Hand a call to `kernel` ("package.module:function") when its tensors are on a GPU and the package is there.
 
     The decorated torch function is the definition: tensors [batch, length, ...] positional, options keyword-only and
     named as in the kernel, the same answer (output, final_state) on any device. `documents`, which kernels do not know,
-    become a packed row and its `cu_seqlens`. `HF_ARCH_KERNELS=0` turns every kernel off.
+    become a packed row and its `cu_seqlens`. `adapt(kernel, ...)` calls a kernel that wants its arguments in another
+    form. `HF_ARCH_KERNELS=0` turns every kernel off.
     """
 
     @functools.cache
     def find() -> Callable | None:
         module, name = kernel.split(":")
         try:
-            return getattr(importlib.import_module(module), name)
+            found = getattr(importlib.import_module(module), name)
         except ImportError:
             return None
+        return found if adapt is None else functools.partial(adapt, found)
 
     def decorate(torch_op: Callable) -> Callable:
         @functools.wraps(torch_op)

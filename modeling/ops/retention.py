@@ -10,10 +10,10 @@ The factors are the official code's, gamma = 1 - 2^(-5-head).
 """
 
 import torch
-import torch.nn.functional as F
 
 from .dispatch import accelerated
 from .documents import document_runs
+from .fading import Fading, carry, fading, in_chunks
 
 
 def retention_decay(num_heads: int, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -56,46 +56,24 @@ def chunk_retention(query, key, value, *, documents=None, initial_state=None, ou
         q, k, v = (in_chunks(x.to(wide), within.shape[-1]) for x in (query, key, value))
         scale = query.shape[-1] ** -0.5
         scores = (q @ k.transpose(-1, -2)).mul_(within * scale)
-        added = (k * out_of).transpose(-1, -2) @ v
-        state = torch.zeros_like(added[:, 0]) if initial_state is None else initial_state
-        before = []
-        for n in range(added.shape[1]):
-            before.append(state)
-            state = torch.addcmul(added[:, n], across[:, n], state)
-        carried = (q * (into * scale)) @ torch.stack(before, dim=1)
+        before, state = carry((k * out_of).transpose(-1, -2) @ v, across, initial_state)
+        carried = (q * (into * scale)) @ before
         output = torch.baddbmm(carried.flatten(0, 2), scores.flatten(0, 2), v.flatten(0, 2)).view_as(carried)
         output = output.transpose(2, 3).flatten(1, 2)[:, :length]
     return output.to(value.dtype), state if output_final_state else None
 
 
-def in_chunks(x: torch.Tensor, size: int) -> torch.Tensor:
-    """[batch, length, heads, dim] -> [batch, chunks, heads, size, dim], zero past the end."""
-    if pad := -x.shape[1] % size:
-        x = F.pad(x, (0, 0, 0, 0, 0, pad))
-    return x.unflatten(1, (-1, size)).transpose(2, 3).contiguous()
-
-
-def retention_fading(query, documents, chunk_size: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """How much is left, chunk by chunk, [batch or 1, chunks, heads, ...]: between two steps of a chunk [c, c], from its
-    start into a step [c, 1], from a step to its end [c, 1], and from its start to its end [1, 1]."""
-    batch, length, heads = query.shape[:3]
+def retention_fading(query, documents, chunk_size: int, dtype: torch.dtype) -> Fading:
+    """Where nothing interrupts a row, all its chunks but the last fade alike, and so do all rows."""
+    length, heads = query.shape[1:3]
+    log_gamma = retention_decay(heads, query.device, dtype).log()
+    if documents is not None:
+        return fading(log_gamma.expand(*documents.shape, heads), documents, chunk_size)
     pad = -length % chunk_size
-    log_gamma = retention_decay(heads, query.device, dtype).log()[:, None]
-    if documents is None:
-        ages = torch.arange(1, chunk_size + 1, device=query.device).expand(1, (length + pad) // chunk_size, 1, -1)
-        last = ages[..., -1:].clone()
-        last[:, -1] = chunk_size - pad  # the padding at the end fades nothing
-        one = ages[:, :1]
-        within = ((one[..., :, None] - one[..., None, :]) * log_gamma[..., None]).exp().tril()
-        out_of = ((last - ages).clamp(min=0) * log_gamma).exp()[..., None]
-        return within, (one * log_gamma).exp()[..., None], out_of, (last * log_gamma).exp()[..., None]
-    real, document = document_runs(documents, query)
-    age = F.pad(real.long(), (0, pad)).unflatten(1, (-1, chunk_size)).cumsum(-1)[:, :, None]  # in real tokens
-    document = F.pad(document, (0, pad), mode="replicate").unflatten(1, (-1, chunk_size))[:, :, None]
-    carried = F.pad(document[:, :-1, :, -1:], (0, 0, 0, 0, 1, 0), value=1)  # the document that the state belongs to
-    lag = age[..., :, None] - age[..., None, :]
-    same = document[..., :, None] == document[..., None, :]
-    within = ((lag * log_gamma[..., None]).exp() * same).tril()
-    into = ((age * log_gamma).exp() * (document == carried))[..., None]
-    out_of = (((age[..., -1:] - age) * log_gamma).exp() * (document == document[..., -1:]))[..., None]
-    return within, into, out_of, into[..., -1:, :]
+    ages = torch.arange(1, chunk_size + 1, device=query.device).expand(1, (length + pad) // chunk_size, 1, -1)
+    last = ages[..., -1:].clone()
+    last[:, -1] = chunk_size - pad  # the padding at the end fades nothing
+    log_gamma, one = log_gamma[:, None], ages[:, :1]
+    within = ((one[..., :, None] - one[..., None, :]) * log_gamma[..., None]).exp().tril()
+    out_of = ((last - ages).clamp(min=0) * log_gamma).exp()[..., None]
+    return Fading(within, (one * log_gamma).exp()[..., None], out_of, (last * log_gamma).exp()[..., None])

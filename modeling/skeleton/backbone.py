@@ -61,6 +61,7 @@ class Backbone(ArchPreTrainedModel):
         "gated": GatedMLP,
         "dense": MLP,
         "sparse": SparseFeedForward,
+        "none": None,
     }
     residual: ClassVar[type[Residual]] = PreNorm
     views: ClassVar[dict[str, type[View]]] = {}

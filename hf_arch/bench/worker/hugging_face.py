@@ -82,6 +82,27 @@ class StaticTransformers(Transformers):
         return super().generate(ids, new_tokens, cache_implementation="static", **options)
 
 
+class Mamba(Transformers):
+    """Its cache has a name of its own, and what is called `intermediate_size` is another size."""
+
+    def build(self, sizes, **options):
+        return super().build({name: size for name, size in sizes.items() if name != "intermediate_size"}, **options)
+
+    def begin(self, ids, room):
+        return self.model(input_ids=ids, use_cache=True).cache_params
+
+    def step(self, token, memory):
+        return self.model(input_ids=token, cache_params=memory, use_cache=True).cache_params
+
+
+class Mamba2(Mamba):
+    """Its heads are together twice as wide as the model."""
+
+    def build(self, sizes, **options):
+        heads = sizes["num_attention_heads"]
+        return super().build(sizes | {"num_heads": heads, "head_dim": 2 * sizes["hidden_size"] // heads}, **options)
+
+
 class Encoder(HuggingFace):
     """A model without a head, which learns to answer with zeros."""
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from ...layers.mixer import Mixer
+from ...layers.mixer import Mixer, carry_on
 from ...layers.positions import RotaryEmbedding
 from ...ops.retention import chunk_retention, recurrent_retention
 from ...skeleton.backbone import Backbone
@@ -52,13 +52,10 @@ class MultiScaleRetention(Mixer):
         query, key = position_embeddings.rotate(query, key)
 
         memory = self.memory(past_key_values, layer_idx)
-        state = memory.read("state") if memory is not None else None
-        retain = recurrent_retention if state is not None and query.shape[1] == 1 else chunk_retention
-        output, state = retain(
-            query, key, value, documents=attention_mask, initial_state=state, output_final_state=memory is not None
-        )
+        forms = recurrent_retention, chunk_retention
+        output, state = carry_on(forms, memory, "state", (query, key, value), documents=attention_mask)
         if memory is not None:
-            memory.write(query.shape[1], state=state)
+            memory.write(query.shape[1], **state)
 
         gate = nn.functional.silu(self.g_proj(hidden_states))
         return self.o_proj(gate * self.head_norm(output).flatten(-2))

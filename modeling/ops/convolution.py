@@ -1,0 +1,54 @@
+"""A short causal convolution of each channel by itself, over the real tokens of a document.
+
+    y_t = bias + sum_k weight[:, size - 1 - k] x_(t-k)
+
+Shapes: x [batch, length, channels], weight [channels, size], bias [channels]; state [batch, size - 1, channels], the
+last real tokens, zero where there are fewer; documents [batch, length] as in `documents.py`.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .documents import document_runs
+
+
+def recurrent_convolution(x, weight, bias=None, *, documents=None, initial_state=None, output_final_state=False):
+    """The definition above, one step at a time. The reference for tests, and the decoding step."""
+    batch, length, channels = x.shape
+    state = x.new_zeros(batch, weight.shape[1] - 1, channels) if initial_state is None else initial_state.to(x.dtype)
+    if documents is not None:
+        real, document = document_runs(documents, x)
+        starts = document.diff(dim=1, prepend=torch.ones_like(document[:, :1])) != 0
+    outputs = []
+    for t in range(length):
+        before = state if documents is None else state * ~starts[:, t, None, None]
+        window = torch.cat((before, x[:, t : t + 1]), dim=1)
+        output = (window * weight.T).sum(1)
+        outputs.append(output if bias is None else output + bias)
+        state = window[:, 1:] if documents is None else torch.where(real[:, t, None, None], window[:, 1:], state)
+    return torch.stack(outputs, dim=1), state if output_final_state else None
+
+
+def causal_convolution(x, weight, bias=None, *, documents=None, initial_state=None, output_final_state=False):
+    """The same answer in parallel."""
+    before, length = weight.shape[1] - 1, x.shape[1]
+    x = F.pad(x, (0, 0, before, 0)) if initial_state is None else torch.cat((initial_state.to(x.dtype), x), dim=1)
+    if documents is None:
+        y = F.conv1d(x.transpose(1, 2), weight[:, None], bias, groups=len(weight)).transpose(1, 2)
+        return y, x[:, length:] if output_final_state else None
+    documents = F.pad(documents, (before, 0), value=1)  # what came before is of the first document
+    real, document = document_runs(documents, x)
+    place = real.cumsum(-1) - 1  # of each token among the real ones of its row; padding takes that of the last
+    order = torch.argsort(~real, dim=1, stable=True)  # the real ones first
+    x, document = x.gather(1, order[..., None].expand_as(x)), document.gather(1, order)
+    y = weight[:, before] * x
+    for back in range(1, before + 1):
+        same = (document[:, back:] == document[:, :-back])[..., None]
+        y = y + F.pad(weight[:, before - back] * x[:, :-back] * same, (0, 0, back, 0))
+    y = y if bias is None else y + bias
+    y = y.gather(1, place[:, before:, None].expand(-1, -1, y.shape[-1]))
+    if not output_final_state:
+        return y, None
+    last = place[:, -1:] - torch.arange(before - 1, -1, -1, device=x.device)
+    same = (document.gather(1, last) == document.gather(1, place[:, -1:]))[..., None]
+    return y, x.gather(1, last[..., None].expand(-1, -1, x.shape[-1])) * same

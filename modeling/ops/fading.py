@@ -1,0 +1,57 @@
+"""How much of what a recurrence took in is left later, where it fades by a factor per token and head.
+
+Decays are logarithms, 0 or less, and are added up over the real tokens of a document; nothing crosses into another one.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from .documents import document_runs
+
+
+class Fading(NamedTuple):
+    """What is left, chunk by chunk, [batch or 1, chunks, heads, ...]."""
+
+    within: torch.Tensor  # [size, size] of what a step of the chunk took in at another, zero before that one
+    into: torch.Tensor  # [size, 1] of the state at the start of the chunk, at a step
+    out_of: torch.Tensor  # [size, 1] of what a step took in, at the end of the chunk
+    across: torch.Tensor  # [1, 1] of the state at the start, at the end
+
+
+def fading(log_decay: torch.Tensor, documents: torch.Tensor | None, chunk_size: int) -> Fading:
+    """`log_decay` [batch, length, heads], `documents` [batch, length]: see `documents.py`."""
+    pad = -log_decay.shape[1] % chunk_size
+    if documents is not None:
+        real, document = document_runs(documents, log_decay)
+        log_decay = log_decay * real[..., None]
+    left = F.pad(log_decay, (0, 0, 0, pad)).unflatten(1, (-1, chunk_size)).transpose(2, 3).cumsum(-1)
+    seen = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=left.device).tril()
+    lag, last = left[..., :, None] - left[..., None, :], left[..., -1:]
+    if documents is None:
+        within = lag.masked_fill(~seen, -torch.inf).exp()
+        return Fading(within, left.exp()[..., None], (last - left).exp()[..., None], last.exp()[..., None])
+    document = F.pad(document, (0, pad), mode="replicate").unflatten(1, (-1, chunk_size))[:, :, None]
+    carried = F.pad(document[:, :-1, :, -1:], (0, 0, 0, 0, 1, 0), value=1)  # the document that the state belongs to
+    seen = seen & (document[..., :, None] == document[..., None, :])
+    into = (left.exp() * (document == carried))[..., None]
+    out_of = ((last - left).exp() * (document == document[..., -1:]))[..., None]
+    return Fading(lag.masked_fill(~seen, -torch.inf).exp(), into, out_of, into[..., -1:, :])
+
+
+def in_chunks(x: torch.Tensor, size: int) -> torch.Tensor:
+    """[batch, length, heads, dim] -> [batch, chunks, heads, size, dim], zero past the end."""
+    if pad := -x.shape[1] % size:
+        x = F.pad(x, (0, 0, 0, 0, 0, pad))
+    return x.unflatten(1, (-1, size)).transpose(2, 3).contiguous()
+
+
+def carry(added: torch.Tensor, across: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The recurrence between chunks, state = across * state + added: the states [batch, chunks, ...] at the starts of
+    the chunks, and the one at the end. `added` and `across` are [batch or 1, chunks, ...], in the type of the state."""
+    state, before = torch.zeros_like(added[:, 0]) if state is None else state, []
+    for n in range(added.shape[1]):
+        before.append(state)
+        state = torch.addcmul(added[:, n], across[:, n], state)
+    return torch.stack(before, dim=1), state

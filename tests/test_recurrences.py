@@ -1,0 +1,141 @@
+"""Every op with a state: its parallel form equals its definition, over lengths, chunk edges, padding, packed documents
+and resumed states, and so do their gradients."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from hf_arch.modeling.ops.convolution import causal_convolution, recurrent_convolution
+from hf_arch.modeling.ops.decayed_attention import chunk_decayed_attention, recurrent_decayed_attention
+from hf_arch.modeling.ops.retention import chunk_retention, recurrent_retention
+from hf_arch.modeling.ops.selective_scan import chunk_selective_scan, recurrent_selective_scan
+
+BATCH = 2
+
+
+@dataclass(frozen=True)
+class Op:
+    definition: Callable
+    parallel: Callable
+    shapes: tuple[tuple[int, ...], ...]  # of the tensors [batch, length, ...], without these two
+    state: tuple[int, ...]
+    fixed: dict[int, tuple[int, ...]] = field(default_factory=dict)  # place -> shape, of those that are no sequences
+    signs: dict[int, int] = field(default_factory=dict)  # of the tensors that are nowhere negative, or positive
+    decays: int | None = None  # the tensor of which a larger number forgets faster
+
+    def tensors(self, length: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(length)
+        shapes = [(BATCH, length, *shape) for shape in self.shapes]
+        for place, shape in self.fixed.items():
+            shapes.insert(place, shape)
+        made = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        return [(self.signs[n] * x.abs() if n in self.signs else x).to(dtype) for n, x in enumerate(made)]
+
+    def cut(self, tensors: list[torch.Tensor], part: slice) -> list[torch.Tensor]:
+        return [x if n in self.fixed else x[:, part] for n, x in enumerate(tensors)]
+
+
+OPS = {
+    "retention": Op(recurrent_retention, chunk_retention, ((3, 8), (3, 8), (3, 16)), (3, 8, 16)),
+    "decayed_attention": Op(
+        recurrent_decayed_attention,
+        chunk_decayed_attention,
+        ((2, 8), (2, 8), (6, 5), (6,)),
+        (6, 8, 5),
+        signs={3: -1},
+        decays=3,
+    ),
+    "selective_scan": Op(
+        recurrent_selective_scan,
+        chunk_selective_scan,
+        ((6,), (6,), (5,), (5,)),
+        (5, 6),
+        fixed={2: (5, 6)},
+        signs={1: 1, 2: -1},
+        decays=2,
+    ),
+    "convolution": Op(recurrent_convolution, causal_convolution, ((6,),), (3, 6), fixed={1: (6, 4), 2: (6,)}),
+}
+every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
+EXACT = {"atol": 1e-11, "rtol": 1e-10}
+
+
+def some_documents(length: int, seed: int = 7) -> torch.Tensor:
+    """Padding anywhere, a new document now and then."""
+    generator = torch.Generator().manual_seed(seed)
+    real = torch.rand(BATCH, length, generator=generator) > 0.2
+    return ((torch.rand(BATCH, length, generator=generator) < 0.05).cumsum(1) + 1) * real
+
+
+@every_op
+@pytest.mark.parametrize("length", [1, 2, 16, 17, 63, 64, 65, 130, 257])
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_parallel_form_equals_the_definition(op, length, resumed, packed):
+    tensors, generator = op.tensors(length), torch.Generator().manual_seed(3)
+    state = torch.randn(BATCH, *op.state, dtype=torch.float64, generator=generator) if resumed else None
+    documents = some_documents(length) if packed else None
+    options = {"initial_state": state, "output_final_state": True, "documents": documents}
+    expected, expected_state = op.definition(*tensors, **options)
+    output, final_state = op.parallel(*tensors, **options)
+    real = slice(None) if documents is None else documents > 0
+    assert_close(output[real], expected[real], **EXACT)
+    assert_close(final_state, expected_state, **EXACT)
+
+
+@every_op
+@settings(max_examples=30, deadline=None)
+@given(length=st.integers(1, 90), chunk_size=st.integers(1, 40), cut=st.integers(0, 90), seed=st.integers(0, 99))
+def test_any_chunk_size_and_any_cut_give_the_same(op, length, chunk_size, cut, seed):
+    tensors, cut, documents = op.tensors(length), min(cut, length), some_documents(length, seed)
+    expected, expected_state = op.definition(*tensors, documents=documents, output_final_state=True)
+    options = {"chunk_size": chunk_size} if "chunk_size" in inspect.signature(op.parallel).parameters else {}
+    state, outputs = None, []
+    for part in (slice(None, cut), slice(cut, None)):
+        rows, numbers = op.cut(tensors, part), documents[:, part]
+        if not numbers.shape[1]:
+            continue
+        if part.start:  # an initial state belongs to document 1: the number goes on where the document does
+            before = documents[:, :cut].cummax(1).values[:, -1:].clamp(min=1)
+            numbers = (numbers - before + 1).clamp(min=0) * (numbers > 0)
+        output, state = op.parallel(*rows, documents=numbers, initial_state=state, output_final_state=True, **options)
+        outputs.append(output)
+    real = documents > 0
+    assert_close(torch.cat(outputs, dim=1)[real], expected[real], **EXACT)
+    assert_close(state, expected_state, **EXACT)
+
+
+@every_op
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_of_the_two_forms_are_equal(op, packed):
+    tensors = [x.requires_grad_() for x in op.tensors(70)]
+    documents = some_documents(70) if packed else None
+    found = []
+    for form in (op.definition, op.parallel):
+        output, state = form(*tensors, documents=documents, output_final_state=True)
+        weight = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(1))
+        weight = weight if documents is None else weight * (documents > 0).view(BATCH, 70, *(1,) * (output.ndim - 2))
+        found.append(torch.autograd.grad((output * weight).sum() + state.square().sum(), tensors))
+    for expected, gradient in zip(*found, strict=True):
+        assert_close(gradient, expected, atol=1e-9, rtol=1e-8)
+
+
+@every_op
+@pytest.mark.parametrize("far", [1e-30, 300.0])
+def test_extreme_decays_are_no_trouble(op, far):
+    """A memory that never fades, and one that is gone at once."""
+    tensors = op.tensors(130, torch.float32)
+    if op.decays is not None:
+        tensors[op.decays] = torch.full_like(tensors[op.decays], far * op.signs[op.decays]).requires_grad_()
+    output, state = op.parallel(*tensors, output_final_state=True)
+    expected, expected_state = op.definition(*tensors, output_final_state=True)
+    assert_close(output, expected, atol=1e-3, rtol=1e-4)
+    assert_close(state, expected_state, atol=1e-3, rtol=1e-4)
+    if op.decays is not None:
+        assert torch.autograd.grad(output.sum(), tensors[op.decays])[0].isfinite().all()
