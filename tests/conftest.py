@@ -89,3 +89,13 @@ def encoder_case(request):
 @pytest.fixture
 def encoder(encoder_case):
     return encoder_case.build()
+
+
+@pytest.fixture
+def narrows_nowhere(monkeypatch):
+    """transformers narrows to float32 in places, in a float64 model too. Here it does not."""
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
+    to, wide = torch.Tensor.to, {torch.float32: torch.float64}
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda x, *told, **more: to(x, *(wide.get(one, one) for one in told), **more)
+    )

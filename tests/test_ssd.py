@@ -23,14 +23,7 @@ CHOICES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def exact(monkeypatch):
-    """transformers narrows to float32 in places, in a float64 model too. Here it does not."""
-    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
-    to, wide = torch.Tensor.to, {torch.float32: torch.float64}
-    monkeypatch.setattr(
-        torch.Tensor, "to", lambda x, *told, **more: to(x, *(wide.get(one, one) for one in told), **more)
-    )
+pytestmark = pytest.mark.usefixtures("narrows_nowhere")
 
 
 def theirs(head=Mamba2ForCausalLM, **choices):
