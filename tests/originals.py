@@ -96,3 +96,12 @@ def rewrite(folder, style, model_type):
         save_file({name: tensors[name].contiguous() for name in names}, folder / shard)
     where = {name: shard for shard, names in shards.items() for name in names}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+
+
+@torch.no_grad()
+def largest_difference(ours, original, length=40):
+    """In float64, of the answers to random tokens."""
+    ids = torch.randint(3, 96, (2, length), generator=torch.Generator().manual_seed(1))
+    answer, expected = ours.double()(ids)[0], original.double()(ids)[0]
+    assert answer.dtype == expected.dtype == torch.float64 and expected.std() > 0.1
+    return (answer - expected).abs().max()

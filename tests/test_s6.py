@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from originals import scaled_up
+from originals import largest_difference, scaled_up
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import MambaConfig, MambaForCausalLM, MambaModel
@@ -26,14 +26,6 @@ pytestmark = pytest.mark.usefixtures("narrows_nowhere")
 def theirs(head=MambaForCausalLM, **choices):
     torch.manual_seed(0)
     return scaled_up(head(MambaConfig(**(SIZES | choices)))).eval()
-
-
-@torch.no_grad()
-def largest_difference(ours, original, length=40):
-    ids = torch.randint(3, 96, (2, length), generator=torch.Generator().manual_seed(1))
-    answer, expected = ours.double()(ids)[0], original.double()(ids)[0]
-    assert answer.dtype == expected.dtype == torch.float64 and expected.std() > 0.1
-    return (answer - expected).abs().max()
 
 
 @pytest.mark.parametrize("name", CHOICES)

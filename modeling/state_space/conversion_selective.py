@@ -1,10 +1,11 @@
 """What the checkpoints of Mamba and Mamba-2 have in common, in the layouts of the authors and of transformers."""
 
 import math
+from collections.abc import Callable
 
 from transformers import PreTrainedConfig
 
-from ..skeleton.conversion import Fields, Rule, require
+from ..skeleton.conversion import Conversion, Fields, Rule, require
 
 SAME = ("vocab_size", "hidden_size", "num_hidden_layers", "expand", "state_size", "conv_kernel", "use_conv_bias")
 SAME += ("time_step_min", "time_step_max", "time_step_floor", "initializer_range")
@@ -51,3 +52,14 @@ def authors_fields(fields: Fields, state_size: int, multiple: int) -> Fields:
         "bos_token_id": 0,
         "eos_token_id": 0,
     }
+
+
+def conversions(name: str, config: Callable, authors_config: Callable, rules: tuple = RULES) -> tuple[Conversion, ...]:
+    """Of what transformers calls `name`, such as "Mamba", and of what the authors published, which says no type."""
+    common = {"default_head": "ForCausalLM", "rules": rules}
+    heads = {f"{name}ForCausalLM": "ForCausalLM", f"{name}Model": "Model"}
+    authors = {"MambaLMHeadModel": "ForCausalLM"}
+    return (
+        Conversion(model_type=name.lower(), config=config, heads=heads, **common),
+        Conversion(model_type="state-spaces", mark="ssm_cfg", config=authors_config, heads=authors, **common),
+    )

@@ -2,8 +2,8 @@
 
 from transformers import MambaConfig
 
-from ...skeleton.conversion import Conversion, Fields, Rule, require
-from ..conversion_selective import RULES, authors_fields, transformers_fields
+from ...skeleton.conversion import Fields, Rule, require
+from ..conversion_selective import RULES, authors_fields, conversions, transformers_fields
 
 
 def transformers_config(fields: Fields) -> Fields:
@@ -27,20 +27,4 @@ S6_RULES = (
     *RULES,
 )
 
-CONVERSIONS = (
-    Conversion(
-        model_type="mamba",
-        config=transformers_config,
-        heads={"MambaForCausalLM": "ForCausalLM", "MambaModel": "Model"},
-        default_head="ForCausalLM",
-        rules=S6_RULES,
-    ),
-    Conversion(
-        model_type="state-spaces",  # theirs says none
-        mark="ssm_cfg",
-        config=authors_config,
-        heads={"MambaLMHeadModel": "ForCausalLM"},
-        default_head="ForCausalLM",
-        rules=S6_RULES,
-    ),
-)
+CONVERSIONS = conversions("Mamba", transformers_config, authors_config, S6_RULES)

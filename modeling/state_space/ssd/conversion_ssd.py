@@ -4,8 +4,8 @@ import math
 
 from transformers import Mamba2Config
 
-from ...skeleton.conversion import Conversion, Fields, require
-from ..conversion_selective import RULES, authors_fields, transformers_fields
+from ...skeleton.conversion import Fields, require
+from ..conversion_selective import authors_fields, conversions, transformers_fields
 
 
 def transformers_config(fields: Fields) -> Fields:
@@ -35,20 +35,4 @@ def step_limit(limit: list | None) -> list[float] | None:
     return [float(number) for number in limit]
 
 
-CONVERSIONS = (
-    Conversion(
-        model_type="mamba2",
-        config=transformers_config,
-        heads={"Mamba2ForCausalLM": "ForCausalLM", "Mamba2Model": "Model"},
-        default_head="ForCausalLM",
-        rules=RULES,
-    ),
-    Conversion(
-        model_type="state-spaces",  # theirs says none
-        mark="ssm_cfg",
-        config=authors_config,
-        heads={"MambaLMHeadModel": "ForCausalLM"},
-        default_head="ForCausalLM",
-        rules=RULES,
-    ),
-)
+CONVERSIONS = conversions("Mamba2", transformers_config, authors_config)
