@@ -32,7 +32,7 @@ GROWN = ("time", "memory", "operations", "state")
 
 def line(figure: Figure) -> str:
     """What is shown when a figure is there."""
-    start = f"{figure.who:16}{figure.measure:10}{figure.length:7}"
+    start = f"{figure.who:19} {figure.measure:10}{figure.length:7}"
     if figure.seconds is None:
         return f"{start}  {figure.failure}"
     rate = f"{milliseconds(figure)} ms {figure.tokens_per_second:10.0f} tokens/s"
