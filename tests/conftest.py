@@ -8,7 +8,7 @@ import torch
 from hf_arch import ARCHITECTURES
 from promises import DECODERS, ENCODERS, HEADS, MODELS, ROWS, some_tokens
 
-ROW_LIMIT = 80  # seconds of processor time that all tests of a row may take; half as much is the aim, on a quiet machine
+ROW_LIMIT = 80  # seconds of processor time that all tests of a row may take; half as much on a quiet machine
 spent: Counter[str] = Counter()
 
 
