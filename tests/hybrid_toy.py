@@ -14,7 +14,7 @@ from promises import Case
 @strict
 class HybridConfig(ArchRetNetConfig):
     model_type = "hf_arch_hybrid_toy"
-    layer_kinds = ("recurrent", "sliding_attention", "full_attention")
+    layer_kinds = ("retention", "sliding_attention", "full_attention")
 
     sliding_window: int = 9
 
@@ -22,7 +22,7 @@ class HybridConfig(ArchRetNetConfig):
 class HybridModel(Backbone):
     config: HybridConfig
     positions = RetNetRotaryEmbedding
-    mixers = {"recurrent": MultiScaleRetention, "sliding_attention": Attention, "full_attention": Attention}
+    mixers = {"retention": MultiScaleRetention, "sliding_attention": Attention, "full_attention": Attention}
 
 
 class HybridForCausalLM(CausalLM):
@@ -42,5 +42,5 @@ def hybrid(*kinds: str) -> Case:
     return Case(TOY, "ForCausalLM", "_".join(kind[:4] for kind in kinds), {"layer_types": list(kinds)})
 
 
-WINDOWED = hybrid("recurrent", "sliding_attention")
-FULL = (hybrid("recurrent", "full_attention"), hybrid("full_attention", "recurrent"))
+WINDOWED = hybrid("retention", "sliding_attention")
+FULL = (hybrid("retention", "full_attention"), hybrid("full_attention", "retention"))

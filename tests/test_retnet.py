@@ -212,7 +212,7 @@ def test_widths_of_values_are_exact():
         ({"hidden_size": 36, "num_attention_heads": 4}, "must be even"),
         ({"value_expansion": 1.3}, "value_expansion 1.3 x hidden_size 32"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "RetNet scales no rotations"),
-        ({"layer_types": ["full_attention"] * 2}, "knows recurrent"),
+        ({"layer_types": ["full_attention"] * 2}, "knows retention"),
     ],
 )
 def test_configurations_that_cannot_be(fields, said):

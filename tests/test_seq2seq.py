@@ -28,13 +28,13 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
 
 @strict
 class RecurrentConfig(ArchEncoderDecoderConfig):
-    layer_kinds = (*ArchEncoderDecoderConfig.layer_kinds, "recurrent")
-    layer_kinds_of = ArchEncoderDecoderConfig.layer_kinds_of | {"causal": {"recurrent", "full_attention"}}
+    layer_kinds = (*ArchEncoderDecoderConfig.layer_kinds, "retention")
+    layer_kinds_of = ArchEncoderDecoderConfig.layer_kinds_of | {"causal": {"retention", "full_attention"}}
     value_expansion: float | int = 2.0
 
 
 class RecurrentDecoder(plain.ArchEncoderDecoderDecoder):
-    mixers = {"recurrent": MultiScaleRetention, "full_attention": Attention}
+    mixers = {"retention": MultiScaleRetention, "full_attention": Attention}
 
 
 class RecurrentModel(plain.ArchEncoderDecoderModel):
@@ -58,7 +58,7 @@ def recurrent(layer_types):
 def model(request):
     if request.param == "catalogue":
         return CASE.build()
-    return recurrent(["recurrent", "recurrent" if request.param == "recurrent" else "full_attention"])
+    return recurrent(["retention", "retention" if request.param == "recurrent" else "full_attention"])
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_steps_equal_one_pass_and_keys_of_the_source_are_made_once(model, padded
         attention_mask=padded["attention_mask"], decoder_input_ids=answer, encoder_outputs=encoded.to_tuple()
     )
     assert_close(as_tuple.logits, expected, **EXACT)
-    kinds = ["states" if kind == "recurrent" else "keys" for kind in model.config.layer_types]
+    kinds = ["states" if kind == "retention" else "keys" for kind in model.config.layer_types]
     assert all(hasattr(layer, kind) for layer, kind in zip(cache_layers_of(cache), kinds, strict=True))
 
 

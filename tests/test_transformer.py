@@ -200,7 +200,7 @@ def test_what_deep_norm_initialises_is_only_what_was_not_loaded(tmp_path):
         ({"num_key_value_heads": 0, "num_attention_heads": -4}, "num_attention_heads is -4"),
         ({"num_attention_heads": 5}, "32 is not a multiple of num_attention_heads 5"),
         ({"layer_types": ["full_attention"]}, "layer_types has 1 entries for 2 layers"),
-        ({"layer_types": ["recurrent"] * 2}, "recurrent.*knows full_attention"),
+        ({"layer_types": ["retention"] * 2}, "retention.*knows full_attention"),
         ({"feed_forward_types": ["gated", "wide"]}, "wide.*knows gated, dense"),
         ({"direction": "backward"}, "'causal', 'bidirectional', 'prefix'"),
         ({"residual_type": "mid_norm"}, "'pre_norm', 'post_norm', 'deep_norm', 'parallel'"),

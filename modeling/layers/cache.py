@@ -5,7 +5,13 @@ takes the place of transformers' DynamicLayer, which copies all keys and values 
 """
 
 import torch
-from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    STATIC_LAYER_TYPE_MAPPING,
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+)
 
 
 class RecurrentCacheLayer(CacheLayerMixin):
@@ -15,7 +21,6 @@ class RecurrentCacheLayer(CacheLayerMixin):
     an earlier moment can be kept at no cost.
     """
 
-    _layer_type = "recurrent"  # DynamicCache(config=...) builds one for each such entry of config.layer_types
     supports_early_init = False
     is_croppable = True
 
@@ -105,7 +110,6 @@ class RecurrentCacheLayer(CacheLayerMixin):
 class StaticRecurrentCacheLayer(RecurrentCacheLayer):
     """The same at fixed addresses, written in place: for compiled decoding and CUDA graphs."""
 
-    _layer_type = None  # the name belongs to the class above; the entry below is the static one
     is_compileable = True
     is_croppable = False
 
@@ -140,7 +144,14 @@ class StaticRecurrentCacheLayer(RecurrentCacheLayer):
         self.is_initialized = False
 
 
-STATIC_LAYER_TYPE_MAPPING[RecurrentCacheLayer._layer_type] = StaticRecurrentCacheLayer
+# The layers that keep states, as config.layer_types names them: what a new recurrence has to be in
+RECURRENT = (
+    "retention",
+    "s6",
+    "ssd",
+)
+DYNAMIC_LAYER_TYPE_MAPPING |= dict.fromkeys(RECURRENT, RecurrentCacheLayer)
+STATIC_LAYER_TYPE_MAPPING |= dict.fromkeys(RECURRENT, StaticRecurrentCacheLayer)
 
 
 class GrowingCacheLayer(DynamicLayer):

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING, Cache
 
+from ..layers.cache import RECURRENT
+
 
 def check_inputs(config, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values) -> None:
     """Raise a ValueError that says what to do. Values are looked at on the CPU only: elsewhere it would cost a wait."""
@@ -59,7 +61,7 @@ def check_mask(attention_mask: torch.Tensor, tokens: torch.Tensor, past_key_valu
 def check_cache(config, past_key_values: Cache) -> None:
     """A cache holds one layer of the right kind for each layer of the model."""
     layers = getattr(past_key_values, "layers", [])
-    if not layers and "recurrent" not in config.layer_types:
+    if not layers and not set(RECURRENT) & set(config.layer_types):
         return  # DynamicCache() grows its attention layers by itself
     fits = len(layers) == config.num_hidden_layers and all(
         any(fitting.__name__ in (base.__name__ for base in type(layer).__mro__) for fitting in kinds)

@@ -6,6 +6,8 @@ import torch
 from transformers import masking_utils
 from transformers.utils.import_utils import is_tracing
 
+from ..layers.cache import RECURRENT
+
 
 def number_documents(config, inputs_embeds, attention_mask=None, past_key_values=None, position_ids=None, **kwargs):
     """The number of each token's document, from 1, and 0 for padding; None when all are of one document.
@@ -126,5 +128,5 @@ MASKS: dict[str, Callable] = {
     "full_attention": causal(masking_utils.create_causal_mask),
     "sliding_attention": causal(masking_utils.create_sliding_window_causal_mask),
     "bidirectional_attention": bidirectional,
-    "recurrent": number_documents,
+    **dict.fromkeys(RECURRENT, number_documents),
 }

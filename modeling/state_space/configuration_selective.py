@@ -20,7 +20,6 @@ class SelectiveConfig(ArchConfig):
         `"none"` by default: a layer is a mixer alone.
     """
 
-    layer_kinds: ClassVar[tuple[str, ...]] = ("recurrent",)
     feed_forward_kinds: ClassVar[tuple[str, ...]] = ("none", *ArchConfig.feed_forward_kinds)
 
     expand: float | int = 2.0

@@ -18,7 +18,7 @@ class ArchRetNetConfig(ArchConfig):
     """
 
     model_type = "hf_arch_retnet"
-    layer_kinds = ("recurrent",)
+    layer_kinds = ("retention",)
 
     value_expansion: float | int = 2.0
     rope_parameters: RopeParameters | dict | None = None

@@ -64,7 +64,7 @@ class MultiScaleRetention(Mixer):
 class ArchRetNetModel(Backbone):
     config: ArchRetNetConfig
     positions = RetNetRotaryEmbedding
-    mixers = {"recurrent": MultiScaleRetention}
+    mixers = {"retention": MultiScaleRetention}
 
 
 class ArchRetNetForCausalLM(CausalLM):

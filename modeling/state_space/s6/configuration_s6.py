@@ -15,6 +15,7 @@ class ArchS6Config(SelectiveConfig):
     """
 
     model_type = "hf_arch_s6"
+    layer_kinds = ("s6",)
 
     num_attention_heads: int = 1
     time_step_rank: int | None = None

@@ -70,7 +70,7 @@ class S6(Mixer):
 
 class ArchS6Model(Backbone):
     config: ArchS6Config
-    mixers = {"recurrent": S6}
+    mixers = {"s6": S6}
 
 
 class ArchS6ForCausalLM(CausalLM):

@@ -17,6 +17,7 @@ class ArchSSDConfig(SelectiveConfig):
     """
 
     model_type = "hf_arch_ssd"
+    layer_kinds = ("ssd",)
 
     num_attention_heads: int = 64
     state_size: int = 128

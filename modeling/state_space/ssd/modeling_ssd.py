@@ -91,7 +91,7 @@ class SSD(Mixer):
 
 class ArchSSDModel(Backbone):
     config: ArchSSDConfig
-    mixers = {"recurrent": SSD}
+    mixers = {"ssd": SSD}
 
 
 class ArchSSDForCausalLM(CausalLM):
