@@ -133,6 +133,21 @@ ARCHITECTURES = (
         tiny={"state_size": 8, "n_groups": 2, "feed_forward_types": ["none", "gated"]},
     ),
     Architecture(
+        "hybrid",
+        "ArchHybrid",
+        family="state_space",
+        title="Hybrid (Samba, Jamba)",
+        paper="arXiv:2406.07522",
+        lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "x_proj", "dt_proj", "out_proj")
+        + ("gate_proj", "up_proj", "down_proj"),
+        tiny={"sliding_window": 9, "mixer_options": {"s6": {"state_size": 8}}},
+        exceptions={
+            "padding does not enter the state": "transformers' cache of a window counts columns, padding included.",
+            "linear cost": "A window is a mask on attention that compares all pairs of tokens.",
+            "assisted decoding": "A window forgets what a recurrence would have to read again.",
+        },
+    ),
+    Architecture(
         "mixtral",
         "ArchMixtral",
         family="moe",

@@ -7,9 +7,9 @@ import torch
 from torch.testing import assert_close
 from transformers import CompileConfig
 
-from hybrid_toy import FULL, WINDOWED
 from promises import DECODERS, EXACT, ROWS, cache_layers_of, new_cache
 
+STUCK = [case for case in DECODERS if "assisted decoding" in case.exceptions]
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
 
 
@@ -82,7 +82,7 @@ def test_a_padded_prompt_is_read_in_chunks(case, half_padded, size):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", [*DECODERS, *FULL], ids=str)
+@pytest.mark.parametrize("case", [case for case in DECODERS if case not in STUCK], ids=str)
 @pytest.mark.parametrize("helper", ["prompt", "itself", "another"])
 def test_assisted_decoding_names_the_same_tokens(case, tokens, helper):
     """Candidates of a helper are all right, or wrong at some place: states go back to where they were right."""
@@ -112,8 +112,9 @@ def nearly(decoder):
 
 
 @torch.no_grad()
-def test_assisted_decoding_that_cannot_go_back_is_refused(tokens):
-    decoder = WINDOWED.build()
+@pytest.mark.parametrize("case", STUCK, ids=str)
+def test_assisted_decoding_that_cannot_go_back_is_refused(case, tokens):
+    decoder = case.build()
     for helper in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": decoder}):
         with pytest.raises(ValueError, match="cannot: generate without assistant_model"):
             decoder.generate(tokens[:1], **helper, max_new_tokens=3)

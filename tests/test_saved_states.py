@@ -13,13 +13,12 @@ from transformers.cache_utils import Fp8QuantizedLayer, LinearAttentionLayer
 
 import hf_arch
 from hf_arch.modeling.layers.cache import growing
-from hybrid_toy import FULL, WINDOWED
 from promises import DECODERS, EXACT, ROWS, cache_layers_of
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
 
 
-@pytest.fixture(params=[*DECODERS, WINDOWED, FULL[0]], ids=str)
+@pytest.fixture(params=DECODERS, ids=str)
 def decoder(request):
     return request.param.decoder()
 

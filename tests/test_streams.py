@@ -10,7 +10,6 @@ from transformers import TrainingArguments
 import hf_arch
 from hf_arch.states import pack
 from hf_arch.streams import Memory, Segments, StatefulTrainer, collate_segments
-from hybrid_toy import WINDOWED
 from promises import DECODERS, EXACT, ROWS, Case, some_tokens
 
 LABORATORY = next(case.row for case in ROWS if case.row.name == "transformer")
@@ -18,7 +17,6 @@ WINDOW = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9}
 BOUNDED = [case for case in ROWS if "bounded state" not in case.row.exceptions]
 BOUNDED += [Case(LABORATORY, "ForCausalLM", "window", WINDOW)]
 BOUNDED += [case for case in DECODERS if case.variant == "sliding_alibi"]
-BOUNDED += [WINDOWED]
 LENGTHS = (37, 9, 80, 2, 21, 22, 50, 1, 30)  # ends inside, at and just past a segment
 SEGMENT = 7
 
@@ -203,7 +201,7 @@ def test_adapters_train_on_streams(tmp_path):
 
 
 def test_what_cannot_work_is_refused(row_case, tmp_path):
-    case = row_case if row_case in BOUNDED else WINDOWED
+    case = row_case if row_case in BOUNDED else BOUNDED[0]
     model = case.build(torch.float32)
     with pytest.raises(ValueError, match="runs layers twice"):
         make_trainer(tmp_path, model, gradient_checkpointing=True, max_steps=2).train()

@@ -1,0 +1,72 @@
+"""A stack of several mixers: recurrences beside windows, as in Samba (Ren et al., 2024, arXiv:2406.07522), or beside
+full attention and with experts, as in Jamba (Lieber et al., 2024, arXiv:2403.19887)."""
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+
+from ...dense.transformer.configuration_transformer import ArchTransformerConfig
+from ...skeleton.config import ArchConfig
+from ..retnet.configuration_retnet import ArchRetNetConfig
+from ..s6.configuration_s6 import ArchS6Config
+from ..ssd.configuration_ssd import ArchSSDConfig
+
+GUESTS = ArchRetNetConfig, ArchS6Config, ArchSSDConfig
+CONFIGS: dict[str, type[ArchConfig]] = {kind: config for config in GUESTS for kind in config.layer_kinds}
+# What a stack and the mixers in it have in common
+SHARED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
+SHARED += ("norm_eps", "max_position_embeddings", "initializer_range", "hidden_dropout", "attention_dropout")
+SHARED += ("attention_bias", "mlp_bias", "pad_token_id")
+
+
+@strict
+class ArchHybridConfig(ArchTransformerConfig):
+    """The choices of the Transformer, for a causal stack whose `layer_types` name any of the mixers.
+
+    layer_types (`list[str]`, *optional*):
+        `"full_attention"`, `"sliding_attention"`, or the layer type of another architecture, such as `"s6"`; by default
+        S6 and windows in turn, as in Samba.
+    mixer_options (`dict[str, dict]`, *optional*):
+        What the mixers of other architectures are told beside the sizes of the stack: for a layer type, fields of its
+        architecture's config, such as `{"s6": {"state_size": 16}}`.
+    feed_forward_types (`list[str]`, *optional*):
+        `"gated"`, `"dense"`, `"sparse"`, or `"none"` for a layer that is a mixer alone.
+    """
+
+    model_type = "hf_arch_hybrid"
+    layer_kinds = ("full_attention", "sliding_attention", *CONFIGS)
+    layer_kinds_of = {"causal": set(layer_kinds)}
+    feed_forward_kinds = (*ArchConfig.feed_forward_kinds, "none")
+
+    sliding_window: int | None = 2048
+    mixer_options: dict[str, dict] | None = None
+
+    def layer_pattern(self) -> list[str]:
+        return ["s6", "sliding_attention"]
+
+    def mixer_tp_plan(self) -> dict[str, str]:
+        """Plans name modules of all layers alike, so that there is none where some are not attention."""
+        return {} if set(self.layer_types) & set(CONFIGS) else super().mixer_tp_plan()
+
+    def of_mixer(self, kind: str) -> ArchConfig:
+        """The config that a mixer of another architecture is built from: the stack's sizes, and its own options."""
+        shared = {name: getattr(self, name) for name in SHARED}
+        layers = {"layer_types": [kind] * self.num_hidden_layers}
+        return CONFIGS[kind](**(shared | layers | (self.mixer_options or {}).get(kind, {})))
+
+    def validate_architecture(self):
+        if self.direction != "causal":
+            raise ValueError(f"A hybrid is causal: direction cannot be {self.direction!r}.")
+        super().validate_architecture()
+        guests, told = set(self.layer_types) & set(CONFIGS), self.mixer_options or {}
+        if unused := sorted(set(told) - guests):
+            raise ValueError(
+                f"mixer_options tells {', '.join(unused)}; of other architectures, layer_types has "
+                f"{', '.join(sorted(guests)) or 'none'}."
+            )
+        for kind in guests:
+            if unknown := sorted(set(told.get(kind, {})) - set(CONFIGS[kind].__dataclass_fields__)):
+                raise ValueError(f"mixer_options of {kind} has {', '.join(unknown)}: no field of its config.")
+            try:
+                self.of_mixer(kind)
+            except (ValueError, StrictDataclassError) as error:
+                raise ValueError(f"In the mixers of type {kind}: {error.__cause__ or error}") from error

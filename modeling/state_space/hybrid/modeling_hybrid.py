@@ -1,0 +1,49 @@
+"""A stack of several mixers: recurrences beside windows, as in Samba (Ren et al., 2024, arXiv:2406.07522), or beside
+full attention and with experts, as in Jamba (Lieber et al., 2024, arXiv:2403.19887)."""
+
+from collections.abc import Callable
+
+from ...layers.attention import Attention
+from ...layers.mixer import Mixer
+from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
+from ...skeleton.heads import CausalLM
+from ...skeleton.laboratory import Laboratory
+from ..retnet.modeling_retnet import ArchRetNetModel
+from ..s6.modeling_s6 import ArchS6Model
+from ..ssd.modeling_ssd import ArchSSDModel
+from .configuration_hybrid import ArchHybridConfig
+
+
+def guest(kind: str, mixer: type[Mixer]) -> Callable[[ArchHybridConfig, int], Mixer]:
+    """A mixer of another architecture, built from a config of that architecture."""
+    return lambda config, layer_idx: mixer(config.of_mixer(kind), layer_idx)
+
+
+MIXERS = ArchRetNetModel.mixers | ArchS6Model.mixers | ArchSSDModel.mixers
+
+
+class ArchHybridModel(Laboratory):
+    config: ArchHybridConfig
+    mixers = {"full_attention": Attention, "sliding_attention": Attention} | {
+        kind: guest(kind, mixer) for kind, mixer in MIXERS.items()
+    }
+
+
+class ArchHybridForCausalLM(CausalLM):
+    config: ArchHybridConfig
+    backbone = ArchHybridModel
+
+
+class ArchHybridForSequenceClassification(SequenceClassification):
+    config: ArchHybridConfig
+    backbone = ArchHybridModel
+
+
+class ArchHybridForTokenClassification(TokenClassification):
+    config: ArchHybridConfig
+    backbone = ArchHybridModel
+
+
+class ArchHybridForQuestionAnswering(QuestionAnswering):
+    config: ArchHybridConfig
+    backbone = ArchHybridModel

@@ -1,0 +1,42 @@
+"""Mixers of several architectures in one stack."""
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from hf_arch import find
+from hf_arch.modeling.state_space.hybrid.modeling_hybrid import MIXERS
+from promises import EXACT, Case, some_tokens
+
+ROW = find("hybrid")
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+@torch.no_grad()
+def test_a_stack_of_guests_is_the_architecture_they_come_from(kind):
+    """The same weights give the same answer, in a stack of one kind and in the architecture's own."""
+    own = next(row for row in map(find, ("retnet", "s6", "ssd")) if kind in row.load("Config").layer_kinds)
+    original = Case(own, "ForCausalLM", fields={"feed_forward_types": ["gated"] * 2, "layer_types": [kind] * 2}).build()
+    options = {name: original.config.to_dict()[name] for name in own.tiny if name != "feed_forward_types"}
+    fields = {"layer_types": [kind] * 2, "mixer_options": {kind: options}, "norm_eps": original.config.norm_eps}
+    hybrid = Case(ROW, "ForCausalLM", kind, fields).build()
+    hybrid.model.embed_positions = original.model.embed_positions
+    hybrid.load_state_dict(original.state_dict())
+    tokens = some_tokens()
+    torch.testing.assert_close(hybrid(tokens).logits, original(tokens).logits, **EXACT)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"mixer_options": {"ssd": {}}}, "mixer_options tells ssd; of other architectures, layer_types has s6"),
+        ({"mixer_options": {"sliding_attention": {}}}, "mixer_options tells sliding_attention"),
+        ({"mixer_options": {"s6": {"states": 3}}}, "mixer_options of s6 has states: no field of its config"),
+        ({"mixer_options": {"s6": {"state_size": 0}}}, "In the mixers of type s6: state_size is 0"),
+        ({"layer_types": ["s6", "lstm"]}, "lstm; hf_arch_hybrid knows full_attention, sliding_attention, retention"),
+        ({"direction": "bidirectional"}, "A hybrid is causal"),
+    ],
+)
+def test_configurations_that_cannot_be(fields, message):
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
+        ROW.tiny_config(**fields)
