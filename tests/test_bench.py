@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from hf_arch import ARCHITECTURES, cli
 from hf_arch.bench import environments, floors, race, report
 from hf_arch.bench.contender import Contender, head_of
 from hf_arch.bench.peers import LLAMA, PEERS, Environment, chosen_peers
-from hf_arch.bench.process import Worker, WorkerFailed
+from hf_arch.bench.process import Worker, WorkerFailed, Workers
 from hf_arch.bench.results import Figure, Result, exponent, load
 from hf_arch.bench.run import lengths_of, run
 from hf_arch.bench.settings import MEASURES, SMALL, Settings, settings_for
@@ -126,7 +127,7 @@ class Scripted:
 
 
 def scripted(name, answers, model=None):
-    return Contender(name, MEASURES, Scripted(answers), Settings(rounds=2), model)
+    return Contender(name, MEASURES, None, Scripted(answers), Settings(rounds=2), model)
 
 
 def test_a_race_gives_medians_ratios_and_floors():
@@ -206,6 +207,22 @@ def test_a_worker_that_ends_or_hangs_is_over():
     assert hanging.process.poll() is not None
     with pytest.raises(WorkerFailed):  # and again: nobody is there
         hanging.ask("time", 0.1)
+
+
+def test_a_worker_that_was_left_takes_the_next_subject():
+    build = {"do": "build", "subject": "hugging_face:Ours", "shape": SHAPE, "longest": 64, "device": "cpu"}
+    with closing(Workers(1)) as workers:
+        worker = workers.hire(sys.executable)
+        for row in ("retnet", "transformer"):
+            found = worker.ask(**build, dtype="float32", threads=1, row=row, head="ForCausalLM", limit=120)
+            assert found["parameters"] > 0
+            workers.dismiss(worker)
+            assert workers.hire(sys.executable) is worker
+        with pytest.raises(WorkerFailed, match="No architecture is called 'resnet'"):
+            worker.ask(**build, dtype="float32", threads=1, row="resnet", head="ForCausalLM", limit=120)
+        worker.close()
+        workers.dismiss(worker)
+        assert workers.hire(sys.executable) is not worker
 
 
 def test_an_environment_is_made_once_torch_first(monkeypatch, tmp_path):

@@ -8,7 +8,7 @@ from torch import nn
 from hf_arch.bench.environments import python_of
 from hf_arch.bench.floors import on_paper
 from hf_arch.bench.peers import DECODE, FORWARD, Peer
-from hf_arch.bench.process import Worker, WorkerFailed
+from hf_arch.bench.process import Worker, WorkerFailed, Workers
 from hf_arch.bench.results import exponent
 from hf_arch.bench.settings import Settings
 from hf_arch.catalogue import Architecture
@@ -20,6 +20,7 @@ START_SECONDS = 900  # to import and build, on a machine that does much else
 class Contender:
     name: str
     measures: Sequence[str]
+    workers: Workers
     worker: Worker
     settings: Settings
     on_paper: nn.Module | None = None  # of ours: what its floor is computed from
@@ -39,7 +40,7 @@ class Contender:
             raise OSError(f"{self.name} cannot be measured: {error}") from error
 
     def close(self) -> None:
-        self.worker.close()
+        self.workers.dismiss(self.worker)
 
     def ask(self, do: str, **request) -> dict:
         return self.worker.ask(do, limit=4 * self.settings.limit + 60, **request)
@@ -80,17 +81,17 @@ class Contender:
             raise WorkerFailed(f"would take about {seconds:.0f} s")
 
 
-def start(row: Architecture, peers: Sequence[Peer], settings: Settings) -> list[Contender]:
+def start(row: Architecture, peers: Sequence[Peer], settings: Settings, workers: Workers) -> list[Contender]:
     """The row and its peers, each being built in a process of its own. Ours comes first."""
     model = on_paper(row, head_of(row), settings.shape)
     measures = FORWARD + DECODE if head_of(row) == "ForCausalLM" else FORWARD
-    ours = Contender(row.name, measures, Worker(python_of(None), settings.threads), settings, model)
+    ours = Contender(row.name, measures, workers, workers.hire(python_of(None)), settings, model)
     subject = "hugging_face:OurEncoder" if head_of(row) == "EncoderModel" else "hugging_face:Ours"
     ours.build(subject, row=row.name, head=head_of(row))
     contenders = [ours]
     for peer in peers:
-        worker = Worker(python_of(peer.environment), settings.threads)
-        contenders.append(Contender(peer.name, peer.measures, worker, settings))
+        worker = workers.hire(python_of(peer.environment))
+        contenders.append(Contender(peer.name, peer.measures, workers, worker, settings))
         contenders[-1].build(peer.subject, **peer.options)
     return contenders
 

@@ -1,8 +1,10 @@
 """A worker process and the conversation with it."""
 
+import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import tempfile
 from pathlib import Path
@@ -18,6 +20,7 @@ class Worker:
     """A process with one subject in it; it is asked one thing at a time."""
 
     def __init__(self, python: str, threads: int, program: tuple[str, ...] = ("-m", "worker.serve")):
+        self.python = python
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115, closed in close()
         self.process = subprocess.Popen(
             [python, *program],
@@ -26,6 +29,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
+            start_new_session=True,
         )
 
     def ask(self, do: str, limit: float, **request) -> dict:
@@ -61,7 +65,34 @@ class Worker:
         return f"ended with code {code}: {lines[-1] if lines else 'it said nothing'}"
 
     def close(self) -> None:
-        self.process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout, self.errors):
             pipe.close()
+
+
+class Workers:
+    """Those of one run. Who has done its work is kept for the next subject of the same environment."""
+
+    def __init__(self, threads: int):
+        self.threads, self.idle = threads, []
+
+    def hire(self, python: str) -> Worker:
+        for worker in self.idle:
+            if worker.python == python:
+                self.idle.remove(worker)
+                return worker
+        return Worker(python, self.threads)
+
+    def dismiss(self, worker: Worker) -> None:
+        try:
+            worker.ask("leave", limit=10)
+        except WorkerFailed:
+            worker.close()
+        else:
+            self.idle.append(worker)
+
+    def close(self) -> None:
+        while self.idle:
+            self.idle.pop().close()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_arch.bench import plots
-from hf_arch.bench.results import Figure, Result
+from hf_arch.bench.results import Figure, Result, load
 from hf_arch.bench.settings import MEASURES
 from hf_arch.catalogue import find
 
@@ -41,11 +41,11 @@ def line(figure: Figure) -> str:
     return f"{start} {rate:>32} {compared:18} matmul {figure.rates['matmul'] / 1e9:.0f} GF/s"
 
 
-def write(results: Sequence[Result], folder: Path) -> None:
-    """The page and a picture for each row."""
-    for result in results:
+def write(changed: Sequence[Result], folder: Path) -> None:
+    """A picture of each row that changed, and the page of all that the folder holds."""
+    for result in changed:
         plots.draw(result, folder / f"{result.name}.png")
-    (folder / "README.md").write_text(page(results))
+    (folder / "README.md").write_text(page(load(folder)))
 
 
 def between_marks(text: str, table: str) -> str:

@@ -9,6 +9,7 @@ from hf_arch.bench import report
 from hf_arch.bench.contender import head_of, start
 from hf_arch.bench.environments import python_of
 from hf_arch.bench.peers import DECODE, Peer, chosen_peers
+from hf_arch.bench.process import Workers
 from hf_arch.bench.race import race, weigh
 from hf_arch.bench.results import Result, load, this_machine
 from hf_arch.bench.settings import MEASURES, UNBOUNDED_CONTEXT, Settings, settings_for
@@ -37,11 +38,12 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     warn_if_busy()
     results = []
-    for row in chosen:
-        path = measure(row, [peer for peer in their_peers if peer.row == row.name], settings).save(folder)
-        report.write(load(folder), folder)  # at once: an interruption loses no row that was finished
-        results.append(Result.load(path))
-        print(f"\n{report.growth(results[-1])}\n")
+    with closing(Workers(settings.threads)) as workers:
+        for row in chosen:
+            path = measure(row, [peer for peer in their_peers if peer.row == row.name], settings, workers).save(folder)
+            results.append(Result.load(path))
+            report.write(results[-1:], folder)  # at once: an interruption loses no row that was finished
+            print(f"\n{report.growth(results[-1])}\n")
     print(f"{report.summary(results)}\n\nEverything is in {folder}")
     return results
 
@@ -52,12 +54,12 @@ def warn_if_busy() -> None:
         print(f"This machine is busy (load {load:.1f} on {cores} cores): trust ratios, not seconds.", flush=True)
 
 
-def measure(row: Architecture, peers: Sequence[Peer], settings: Settings) -> Result:
+def measure(row: Architecture, peers: Sequence[Peer], settings: Settings, workers: Workers) -> Result:
     """Everything about one row, beside its peers."""
     machine, figures = this_machine(settings), []
     lengths = {kind: lengths_of(kind, row, settings) for kind in MEASURES}
     with ExitStack() as stack:
-        contenders = [stack.enter_context(closing(contender)) for contender in start(row, peers, settings)]
+        contenders = [stack.enter_context(closing(contender)) for contender in start(row, peers, settings, workers)]
         for contender in contenders:
             contender.ready()
         known = weigh(contenders, lengths)

@@ -27,7 +27,7 @@ FULL = {
     "step": (1024, 4096, 16384, 65536),
     "generate": (1024, 4096),
 }
-QUICK = {"forward": (512, 2048), "training": (512, 1024), "step": (512, 2048), "generate": (512,)}
+QUICK = {"forward": (512, 1024), "training": (512,), "step": (512,), "generate": (512,)}
 ON_GPU = {
     "forward": (2048, 4096, 8192, 16384, 32768),
     "training": (2048, 4096, 8192, 16384),
@@ -77,7 +77,7 @@ def settings_for(
     if any(length < 32 for length in lengths):
         raise ValueError("--lengths are in tokens, 32 or more.")
     own = QUICK if quick else FULL if device == "cpu" else ON_GPU
-    few = {"rounds": 3, "steps": 8, "sample_seconds": 0.05, "limit": 15.0} if quick else {}
+    few = {"rounds": 3, "steps": 4, "sample_seconds": 0.05, "limit": 5.0} if quick else {}
     return Settings(
         shape=SMALL if device == "cpu" else LARGE,
         lengths=dict.fromkeys(MEASURES, tuple(sorted(set(lengths)))) if lengths else own,

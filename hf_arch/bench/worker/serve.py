@@ -1,9 +1,15 @@
-"""Answers requests, one JSON line each: builds a subject, times it, weighs it."""
+"""Answers requests, one JSON line each: builds a subject, times it, weighs it.
 
+This process has imported what subjects need, and no more. Each is built in a fork of it, which answers until it is told
+to leave: none finds the memory of another, and none waits for the imports but the first.
+"""
+
+import contextlib
 import importlib
 import json
 import os
 import sys
+from typing import TextIO
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -19,6 +25,7 @@ def attention_operations(query, key, value, *args, **kwargs) -> int:
 
 # torch knows those of a GPU; like them it counts all pairs, also those that a causal kernel leaves out
 ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_operations}
+SLOW_IMPORTS = ("transformers", "hf_arch")  # those that this environment has
 SHORT = 256  # tokens of a first call: enough for the buffers that products of any size share
 
 
@@ -125,16 +132,35 @@ def answer(server: Server | None, request: dict) -> tuple[Server | None, dict]:
     return server, getattr(server, kind)(**request)
 
 
-def main() -> None:
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print is no reply
+def serve_one(line: str, replies: TextIO) -> None:
+    """From the request to build a subject to the one to leave it."""
     server = None
-    for line in sys.stdin:
+    while (request := json.loads(line))["do"] != "leave":
         try:
-            server, said = answer(server, json.loads(line))
+            server, said = answer(server, request)
         except Exception as error:  # a peer may fail in any way; the measurement goes on without it
             said = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(said), file=replies)
+        line = sys.stdin.readline()
+        if not line:
+            return
+    print(json.dumps({}), file=replies)
+
+
+def main() -> None:
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is no reply
+    for name in SLOW_IMPORTS:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    for line in iter(sys.stdin.readline, ""):
+        child = os.fork()
+        if not child:
+            serve_one(line, replies)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code:
+            print(json.dumps({"error": f"ended with code {code}"}), file=replies)
 
 
 if __name__ == "__main__":
