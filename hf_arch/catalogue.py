@@ -27,6 +27,11 @@ ENCODER_DECODER = (
     "ForTokenClassification",
     "ForQuestionAnswering",
 )
+FULL_ATTENTION = {
+    "bounded state": "Full attention looks at every earlier key: the cache, and a step, grow with the text.",
+    "linear cost": "Full attention compares all pairs of tokens.",
+}
+SETS_OF_HEADS = {"decoder": DECODER, "encoder-decoder": ENCODER_DECODER}
 
 TINY = {
     "vocab_size": 96,
@@ -83,10 +88,7 @@ ARCHITECTURES = (
         heads=(*DECODER, "ForMaskedLM"),
         tiny={"num_key_value_heads": 2},
         head_fields={"ForMaskedLM": {"direction": "bidirectional"}},
-        exceptions={
-            "bounded state": "Full attention looks at every earlier key: the cache, and a step, grow with the text.",
-            "linear cost": "Full attention compares all pairs of tokens.",
-        },
+        exceptions=FULL_ATTENTION,
     ),
     Architecture(
         "encoder_decoder",
@@ -101,10 +103,7 @@ ARCHITECTURES = (
             for head in ENCODER_DECODER
             if head not in ("Model", "ForConditionalGeneration")
         },
-        exceptions={
-            "bounded state": "Full attention looks at every earlier key: the cache, and a step, grow with the text.",
-            "linear cost": "Full attention compares all pairs of tokens.",
-        },
+        exceptions=FULL_ATTENTION,
     ),
     Architecture(
         "retnet",
@@ -154,10 +153,7 @@ ARCHITECTURES = (
         title="Mixtral",
         paper="arXiv:2401.04088",
         tiny={"num_key_value_heads": 2, "num_local_experts": 4},
-        exceptions={
-            "bounded state": "Full attention looks at every earlier key: the cache, and a step, grow with the text.",
-            "linear cost": "Full attention compares all pairs of tokens.",
-        },
+        exceptions=FULL_ATTENTION,
     ),
     Architecture(
         "hat",
@@ -207,7 +203,14 @@ def markdown() -> str:
     lines = ["| architecture | name | paper | heads | cannot keep |", "|---|---|---|---|---|"]
     for row in ARCHITECTURES:
         paper = f"[{row.paper}](https://arxiv.org/abs/{row.paper.removeprefix('arXiv:')})"
-        heads = ", ".join(row.heads)
         broken = " ".join(f"**{promise}**: {reason}" for promise, reason in row.exceptions.items()) or "-"
-        lines.append(f"| {row.title} ({row.family}) | `{row.name}` | {paper} | {heads} | {broken} |")
-    return "\n".join(lines)
+        lines.append(f"| {row.title} ({row.family}) | `{row.name}` | {paper} | {heads_in_words(row)} | {broken} |")
+    sets = (f"{name}: {', '.join(heads)}" for name, heads in SETS_OF_HEADS.items())
+    return "\n".join([*lines, "", f"Heads of a {'; of an '.join(sets)}."])
+
+
+def heads_in_words(row: Architecture) -> str:
+    for name, heads in SETS_OF_HEADS.items():
+        if set(heads) <= set(row.heads):
+            return ", ".join([name, *(head for head in row.heads if head not in heads)])
+    return ", ".join(row.heads)
