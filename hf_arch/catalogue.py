@@ -115,6 +115,17 @@ ARCHITECTURES = (
         lora_targets=("q_proj", "k_proj", "v_proj", "g_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     ),
     Architecture(
+        "s4",
+        "ArchS4",
+        family="state_space",
+        title="S4 and S4D",
+        paper="arXiv:2111.00396",
+        heads=(*DECODER, "ForMaskedLM"),
+        lora_targets=("out_proj", "gate_proj", "up_proj", "down_proj"),
+        tiny={"state_size": 8, "layer_types": ["s4d", "s4"], "feed_forward_types": ["none", "gated"]},
+        head_fields={"ForMaskedLM": {"direction": "bidirectional"}},
+    ),
+    Architecture(
         "s6",
         "ArchS6",
         family="state_space",

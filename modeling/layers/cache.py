@@ -147,6 +147,8 @@ class StaticRecurrentCacheLayer(RecurrentCacheLayer):
 # The layers that keep states, as config.layer_types names them: what a new recurrence has to be in
 RECURRENT = (
     "retention",
+    "s4",
+    "s4d",
     "s6",
     "ssd",
 )

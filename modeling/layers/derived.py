@@ -23,10 +23,13 @@ class Derived(nn.Module):
         """make(), or what it answered last time."""
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return make()
-        parameters = [parameter for parameter in self.parameters() if not parameter.is_inference()]
+        parameters = list(self.parameters())
+        if any(parameter.is_inference() for parameter in parameters):
+            return make()  # they count no changes
         state = tuple((parameter.data_ptr(), parameter._version, parameter.dtype) for parameter in parameters)
         if name not in self.made or self.made[name][0] != state:
-            self.made[name] = state, make()
+            with torch.inference_mode(False), torch.no_grad():
+                self.made[name] = state, make()
         return self.made[name][1]
 
     def train(self, mode: bool = True):
@@ -36,6 +39,3 @@ class Derived(nn.Module):
     def _apply(self, *args, **kwargs):
         self.made.clear()
         return super()._apply(*args, **kwargs)
-
-    def __getstate__(self) -> dict:
-        return super().__getstate__() | {"made": {}} if hasattr(super(), "__getstate__") else self.__dict__ | {"made": {}}
