@@ -13,6 +13,8 @@ from torch.testing import assert_close
 
 from hf_arch.modeling.ops.convolution import causal_convolution, recurrent_convolution
 from hf_arch.modeling.ops.decayed_attention import chunk_decayed_attention, recurrent_decayed_attention
+from hf_arch.modeling.ops.diagonal_state_space import chunk_diagonal_state_space, recurrent_diagonal_state_space
+from hf_arch.modeling.ops.low_rank_state_space import chunk_low_rank_state_space, recurrent_low_rank_state_space
 from hf_arch.modeling.ops.retention import chunk_retention, recurrent_retention
 from hf_arch.modeling.ops.selective_scan import chunk_selective_scan, recurrent_selective_scan
 
@@ -41,7 +43,42 @@ class Op:
         return [x if n in self.fixed else x[:, part] for n, x in enumerate(tensors)]
 
 
+def of_numbers(form: Callable) -> Callable:
+    """A state space by real tensors: the logarithms and angles of its decays, complex numbers as pairs."""
+
+    def call(x, log_decay, angle, readout, skip, **options):
+        return form(x, torch.polar(log_decay.exp(), angle), torch.view_as_complex(readout), skip, **options)
+
+    return call
+
+
+def of_pairs(form: Callable) -> Callable:
+    def call(x, step, real, *pairs_and_skip, **options):
+        imaginary, *pairs = (torch.view_as_complex(pair) for pair in pairs_and_skip[:-1])
+        return form(x, step, real + 1j * imaginary.imag, *pairs, pairs_and_skip[-1], **options)
+
+    return call
+
+
 OPS = {
+    "diagonal_state_space": Op(
+        of_numbers(recurrent_diagonal_state_space),
+        of_numbers(chunk_diagonal_state_space),
+        ((6,),),
+        (6, 4, 2),
+        fixed={1: (6, 4), 2: (6, 4), 3: (1, 6, 4, 2), 4: (6,)},
+        signs={1: -1},
+        decays=1,
+    ),
+    "low_rank_state_space": Op(
+        of_pairs(recurrent_low_rank_state_space),
+        of_pairs(chunk_low_rank_state_space),
+        ((6,),),
+        (6, 4, 2),
+        fixed={1: (6,), 2: (6, 4), 3: (6, 4, 2), 4: (6, 4, 2), 5: (6, 4, 2), 6: (1, 6, 4, 2), 7: (6,)},
+        signs={1: 1, 2: -1},
+        decays=2,
+    ),
     "retention": Op(recurrent_retention, chunk_retention, ((3, 8), (3, 8), (3, 16)), (3, 8, 16)),
     "decayed_attention": Op(
         recurrent_decayed_attention,
