@@ -53,9 +53,11 @@ def of_numbers(form: Callable) -> Callable:
 
 
 def of_pairs(form: Callable) -> Callable:
-    def call(x, step, real, *pairs_and_skip, **options):
-        imaginary, *pairs = (torch.view_as_complex(pair) for pair in pairs_and_skip[:-1])
-        return form(x, step, real + 1j * imaginary.imag, *pairs, pairs_and_skip[-1], **options)
+    """The same of one whose numbers are complex."""
+
+    def call(x, step, real, imaginary, *pairs_and_skip, **options):
+        *pairs, skip = pairs_and_skip
+        return form(x, step, torch.complex(real, imaginary), *map(torch.view_as_complex, pairs), skip, **options)
 
     return call
 
@@ -75,7 +77,7 @@ OPS = {
         of_pairs(chunk_low_rank_state_space),
         ((6,),),
         (6, 4, 2),
-        fixed={1: (6,), 2: (6, 4), 3: (6, 4, 2), 4: (6, 4, 2), 5: (6, 4, 2), 6: (1, 6, 4, 2), 7: (6,)},
+        fixed={1: (6,), 2: (6, 4), 3: (6, 4), 4: (6, 4, 2), 5: (6, 4, 2), 6: (1, 6, 4, 2), 7: (6,)},
         signs={1: 1, 2: -1},
         decays=2,
     ),

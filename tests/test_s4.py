@@ -125,7 +125,8 @@ def test_the_low_rank_step_is_that_of_the_dense_matrix():
 def test_two_readouts_hear_of_what_comes_before_and_after(packed):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 150, 5, dtype=torch.float64, generator=generator)
-    decay = torch.polar(torch.rand(5, 3, dtype=torch.float64, generator=generator), torch.arange(15.0).view(5, 3).double())
+    length = torch.rand(5, 3, dtype=torch.float64, generator=generator)
+    decay = torch.polar(length, torch.arange(15.0, dtype=torch.float64).view(5, 3))
     readout = torch.randn(2, 5, 3, dtype=torch.complex128, generator=generator)
     skip = torch.randn(5, dtype=torch.float64, generator=generator)
     documents = ((torch.arange(150) // 40) + 1).expand(2, -1) if packed else None

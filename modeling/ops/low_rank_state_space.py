@@ -64,9 +64,7 @@ def recurrent_low_rank_state_space(
         return step_low_rank(x, low_rank(step, diagonal, P, B), readout, skip, **told)
 
 
-def step_low_rank(
-    x, matrix: LowRank, readout, skip, *, documents=None, initial_state=None, output_final_state=False
-):
+def step_low_rank(x, matrix: LowRank, readout, skip, *, documents=None, initial_state=None, output_final_state=False):
     """`recurrent_low_rank_state_space` by what `low_rank` made before."""
     with torch.autocast(x.device.type, enabled=False):
         x_ = x.to(skip.dtype)

@@ -3,9 +3,9 @@
     state_t = A state_(t-1) + B x_t          y_t = C state_t + D x_t          for each channel by itself
 
 What such a recurrence does to a chunk are a few matrices, made once: inside a chunk a Toeplitz matrix of C A^k B, into
-the state A^k B, out of it C A^k. A text is then matrix products, and a recurrence over its chunks: linear in the length,
-where an FFT is not, exact for states that go on, and on most machines faster. A document begins with a chunk of its
-own, so that no matrix has to be cut.
+the state A^k B, out of it C A^k. A text is then matrix products, and a recurrence over its chunks: linear in the
+length, where an FFT is not, exact for states that go on, and on most machines faster. A document begins with a chunk of
+its own, so that no matrix has to be cut.
 """
 
 from typing import NamedTuple, Protocol
@@ -70,34 +70,24 @@ def apply_chunks(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """x [batch, length, channels] -> the same and the state [batch, channels, numbers / 2, 2]. Where `chunks` know two
     directions, each token hears of those after it, too, and there is no state."""
-    (batch, length, channels), size = x.shape, chunks.within.shape[-1]
-    wide = chunks.within.dtype
+    (batch, length, channels), size, wide = x.shape, chunks.within.shape[-1], chunks.within.dtype
     with torch.autocast(x.device.type, enabled=False):
         found = None if documents is None else aligned(documents, size)
-        rows = in_rows(x.to(wide), size, found)  # [channels, batch * chunks, size]
-        many = rows.shape[1] // batch
-        of_chunk = batch, many, chunks.out_of.shape[1]
-        keep = None if found is None else found.keep.T
         state = None if initial_state is None else initial_state.to(wide).flatten(-2).transpose(0, 1)
-        added = (rows @ chunks.into).unflatten(1, of_chunk[:2]).transpose(1, 2)
-        before = carried(chunks, added, keep, state)
-        output = torch.baddbmm(rows @ chunks.within, before.transpose(1, 2).reshape(channels, -1, of_chunk[2]), chunks.out_of)
-        final = None
-        if output_final_state:
-            if found is None:
-                last = torch.full((batch,), many - 1, device=x.device)
-                count = torch.full((batch,), length - (many - 1) * size, device=x.device)
-            else:
-                last, count = found.last, found.count
-            final = final_state(chunks, rows.unflatten(1, of_chunk[:2]), before, last, count)
-            final = final.transpose(0, 1).unflatten(-1, (-1, 2))
-        output = output.flatten(1).T  # [batch * chunks * size, channels]
+        rows = in_rows(x.to(wide), size, found)  # [channels, batch * chunks, size]
+        added = (rows @ chunks.into).unflatten(1, (batch, -1)).transpose(1, 2)
+        before = carried(chunks, added, None if found is None else found.keep.T, state)
+        heard = before.transpose(1, 2).reshape(channels, rows.shape[1], -1)
+        output = in_text(torch.baddbmm(rows @ chunks.within, heard, chunks.out_of), batch, length, found)
+        if not output_final_state:
+            return output.to(x.dtype), None
         if found is None:
-            output = output.unflatten(0, (batch, -1))[:, :length]
+            whole = torch.full((batch,), (length - 1) // size, device=x.device)
+            last, count = whole, length - whole * size
         else:
-            empty = output.new_zeros(batch * length, channels)
-            output = empty.index_put((found.token,), output[found.place]).unflatten(0, (batch, length))
-    return output.to(x.dtype), final
+            last, count = found.last, found.count
+        state = final_state(chunks, rows.unflatten(1, (batch, -1)), before, last, count)
+    return output.to(x.dtype), state.transpose(0, 1).unflatten(-1, (-1, 2))
 
 
 def in_rows(x: torch.Tensor, size: int, found: Aligned | None) -> torch.Tensor:
@@ -109,6 +99,15 @@ def in_rows(x: torch.Tensor, size: int, found: Aligned | None) -> torch.Tensor:
     else:
         tokens = (F.pad(x, (0, 0, 0, -length % size)) if length % size else x).flatten(0, 1)
     return tokens.T.contiguous().unflatten(1, (-1, size))
+
+
+def in_text(rows: torch.Tensor, batch: int, length: int, found: Aligned | None) -> torch.Tensor:
+    """The inverse of `in_rows`."""
+    tokens = rows.flatten(1).T
+    if found is None:
+        return tokens.unflatten(0, (batch, -1))[:, :length]
+    empty = tokens.new_zeros(batch * length, tokens.shape[1])
+    return empty.index_put((found.token,), tokens[found.place]).unflatten(0, (batch, length))
 
 
 def carried(chunks: Chunks, added: torch.Tensor, keep, state) -> torch.Tensor:

@@ -1,5 +1,5 @@
-"""S4 and S4D (Gu et al., 2021, arXiv:2111.00396; 2022, arXiv:2206.11893): linear state spaces that are the same at every
-step, and the layer around them."""
+"""S4 and S4D (Gu et al., 2021, arXiv:2111.00396; 2022, arXiv:2206.11893): linear state spaces that are the same at
+every step, and the layer around them."""
 
 import torch
 import torch.nn.functional as F
