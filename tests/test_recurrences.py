@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from hf_arch.modeling.ops.convolution import causal_convolution, recurrent_convolution
+from hf_arch.modeling.ops.convolution import causal_convolution, chunk_convolution, recurrent_convolution
 from hf_arch.modeling.ops.decayed_attention import chunk_decayed_attention, recurrent_decayed_attention
 from hf_arch.modeling.ops.diagonal_state_space import chunk_diagonal_state_space, recurrent_diagonal_state_space
 from hf_arch.modeling.ops.low_rank_state_space import chunk_low_rank_state_space, recurrent_low_rank_state_space
@@ -100,6 +100,8 @@ OPS = {
         decays=2,
     ),
     "convolution": Op(recurrent_convolution, causal_convolution, ((6,),), (3, 6), fixed={1: (6, 4), 2: (6,)}),
+    "convolution of many": Op(recurrent_convolution, chunk_convolution, ((6,),), (40, 6), fixed={1: (6, 41), 2: (6,)}),
+    "convolution of more": Op(recurrent_convolution, chunk_convolution, ((6,),), (76, 6), fixed={1: (6, 77), 2: (6,)}),
 }
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
 EXACT = {"atol": 1e-11, "rtol": 1e-10}

@@ -56,14 +56,17 @@ class DiagonalChunks(NamedTuple):
     """As `Chunks` of `time_invariant.py`."""
 
     within: torch.Tensor
-    into: torch.Tensor
     out_of: torch.Tensor
+    into: torch.Tensor  # [channels, size, directions * numbers] from a token to the state at the end
     decay: torch.Tensor  # [channels, states] complex: of one step
     across: torch.Tensor  # of a chunk
 
     @property
     def numbers(self) -> int:
         return 2 * self.decay.shape[-1]
+
+    def take_in(self, rows):
+        return rows @ self.into
 
     def carry(self, added, keep, state):
         across = self.across[:, None, None].expand(-1, added.shape[1], -1, -1)
@@ -107,7 +110,7 @@ def diagonal_chunks(
         out_of.append(product((back[1] * readout[1][:, None]).flip(1), back[0].flip(1))[:, -size:])
         before = out_of[1][:, 1:, ::2].sum(-1).flip(1)
     into, out_of = torch.cat(into, dim=-1), torch.cat(out_of, dim=-1).transpose(1, 2)
-    return DiagonalChunks(toeplitz(after, before), into, out_of, decay, across)
+    return DiagonalChunks(toeplitz(after, before), out_of, into, decay, across)
 
 
 def product(coarse: torch.Tensor, fine: torch.Tensor) -> torch.Tensor:

@@ -97,14 +97,17 @@ class DenseChunks(NamedTuple):
     """As `Chunks` of `time_invariant.py`; matrices work on rows of real and imaginary parts."""
 
     within: torch.Tensor
-    into: torch.Tensor
     out_of: torch.Tensor
+    into: torch.Tensor  # [channels, size, directions * numbers] from a token to the state at the end
     matrix: torch.Tensor  # [channels, numbers, numbers] of one step
     across: torch.Tensor  # of a chunk
 
     @property
     def numbers(self) -> int:
         return self.matrix.shape[-1]
+
+    def take_in(self, rows):
+        return rows @ self.into
 
     def carry(self, added, keep, state):
         state, before = torch.zeros_like(added[:, 0]) if state is None else state, []
@@ -141,7 +144,7 @@ def dense_chunks(matrix: LowRank, readout: torch.Tensor, skip: torch.Tensor) -> 
         read.append(times_powers(readout[1], transposed).flip(1))
         before = (read[1][:, 1:] * added).sum(-1).flip(1)
     into, out_of = torch.cat(into, dim=-1), torch.cat(read, dim=-1).mT
-    return DenseChunks(toeplitz(after, before), into, out_of, squares[0], squares[-1])
+    return DenseChunks(toeplitz(after, before), out_of, into, squares[0], squares[-1])
 
 
 def times_powers(row: torch.Tensor, squares: list[torch.Tensor]) -> torch.Tensor:

@@ -23,8 +23,10 @@ class Chunks(Protocol):
 
     numbers: int
     within: torch.Tensor  # [channels, size, size] from a token (the first size) to another
-    into: torch.Tensor  # [channels, size, directions * numbers] from a token to the state at the end
     out_of: torch.Tensor  # [channels, directions * numbers, size] from the state at the start to a token
+
+    def take_in(self, rows: torch.Tensor) -> torch.Tensor:
+        """What tokens [channels, rows, size] add to the state at the end, [channels, rows, directions * numbers]."""
 
     def carry(self, added: torch.Tensor, keep: torch.Tensor | None, state: torch.Tensor | None) -> torch.Tensor:
         """The states at the starts of chunks from what each chunk adds, [channels, chunks, batch, numbers] both, and
@@ -75,7 +77,7 @@ def apply_chunks(
         found = None if documents is None else aligned(documents, size)
         state = None if initial_state is None else initial_state.to(wide).flatten(-2).transpose(0, 1)
         rows = in_rows(x.to(wide), size, found)  # [channels, batch * chunks, size]
-        added = (rows @ chunks.into).unflatten(1, (batch, -1)).transpose(1, 2)
+        added = chunks.take_in(rows).unflatten(1, (batch, -1)).transpose(1, 2)
         before = carried(chunks, added, None if found is None else found.keep.T, state)
         heard = before.transpose(1, 2).reshape(channels, rows.shape[1], -1)
         output = in_text(torch.baddbmm(rows @ chunks.within, heard, chunks.out_of), batch, length, found)
@@ -136,7 +138,7 @@ def final_state(chunks: Chunks, rows, before, last: torch.Tensor, count: torch.T
     batch, size = torch.arange(len(last), device=last.device), rows.shape[-1]
     ended = (torch.arange(size, device=last.device) + count[:, None]) % size  # moved to the end of the chunk
     tokens = rows[:, batch, last].gather(-1, ended.expand(len(rows), -1, -1))
-    return chunks.advance(before[:, last, batch], count) + tokens @ chunks.into
+    return chunks.advance(before[:, last, batch], count) + chunks.take_in(tokens)
 
 
 def toeplitz(after: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
