@@ -20,16 +20,17 @@ class Derived(nn.Module):
         self.made: dict[str, tuple[tuple, Any]] = {}
 
     def derive(self, name: str, make: Callable[[], Any]) -> Any:
-        """make(), or what it answered last time."""
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return make()
+        """make(), without autocast, or what it answered last time."""
         parameters = list(self.parameters())
-        if any(parameter.is_inference() for parameter in parameters):
-            return make()  # they count no changes
-        state = tuple((parameter.data_ptr(), parameter._version, parameter.dtype) for parameter in parameters)
-        if name not in self.made or self.made[name][0] != state:
-            with torch.inference_mode(False), torch.no_grad():
-                self.made[name] = state, make()
+        with torch.autocast(parameters[0].device.type, enabled=False):
+            if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+                return make()
+            if any(parameter.is_inference() for parameter in parameters):
+                return make()  # they count no changes
+            state = tuple((parameter.data_ptr(), parameter._version, parameter.dtype) for parameter in parameters)
+            if name not in self.made or self.made[name][0] != state:
+                with torch.inference_mode(False), torch.no_grad():
+                    self.made[name] = state, make()
         return self.made[name][1]
 
     def train(self, mode: bool = True):

@@ -73,21 +73,19 @@ class DiagonalStateSpace(Derived):
         """x [batch, length, channels] -> the same, and what the memory should write, {} where there is none."""
 
         def in_chunks(x, *matrices, **options):
-            return apply_chunks(x, self.derive("chunks", self.chunks), **options)
+            return apply_chunks(x, self.derive("chunks", lambda: self.chunks(*matrices)), **options)
 
         tensors = (x, *self.derive("matrices", self.matrices))
         return carry_on((self.step, in_chunks), memory, self.name, tensors, documents=documents)
 
     step = staticmethod(recurrent_diagonal_state_space)
+    chunks = staticmethod(diagonal_chunks)
 
     def matrices(self) -> tuple[torch.Tensor, ...]:
         """(decay, readout, skip), as the op takes them."""
         step, A, B, C, skip = self.continuous()
         decay, gain = self.discretize(step[:, None], A)
         return decay, (2 * C * (B * gain)).conj().resolve_conj(), skip
-
-    def chunks(self):
-        return diagonal_chunks(*self.derive("matrices", self.matrices))
 
     def continuous(self) -> tuple[torch.Tensor, ...]:
         """step [channels], A, B [channels, states] and C [directions, channels, states] complex, D, all wide."""
@@ -113,12 +111,10 @@ class LowRankStateSpace(DiagonalStateSpace):
         init.copy_(self.P, torch.view_as_real(P).expand_as(self.P))
 
     step = staticmethod(step_low_rank)
+    chunks = staticmethod(dense_chunks)
 
     def matrices(self):
         """(the step of the matrix, readout, skip)."""
         step, A, B, C, skip = self.continuous()
         P = torch.view_as_complex(self.P.to(skip.dtype))
         return low_rank(step, A, P, B), (2 * C).conj().resolve_conj(), skip
-
-    def chunks(self):
-        return dense_chunks(*self.derive("matrices", self.matrices))
