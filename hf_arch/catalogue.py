@@ -126,6 +126,14 @@ ARCHITECTURES = (
         head_fields={"ForMaskedLM": {"direction": "bidirectional"}},
     ),
     Architecture(
+        "h3",
+        "ArchH3",
+        family="state_space",
+        title="H3",
+        paper="arXiv:2212.14052",
+        tiny={"state_size": 8, "state_head_dim": 2},
+    ),
+    Architecture(
         "s6",
         "ArchS6",
         family="state_space",

@@ -35,6 +35,11 @@ VARIANTS = {
         "sparse": {"feed_forward_types": ["gated", "sparse"], "num_local_experts": 4, "moe_intermediate_size": 24},
     },
     "retnet": {"sparse": {"feed_forward_types": ["sparse"] * 2, "num_local_experts": 4, "num_experts_per_tok": 1}},
+    "h3": {
+        "hybrid": {"layer_types": ["h3", "full_attention"], "state_head_dim": 1, "state_size": 20},
+        "gated": {"feed_forward_types": ["gated", "sparse"], "num_local_experts": 4, "mlp_bias": False}
+        | {"discretization": "zoh", "initialization": "real"},
+    },
     "s4": {
         "bilinear": {"layer_types": ["s4d"] * 2, "discretization": "bilinear", "initialization": "inv"},
         "legs": {"layer_types": ["s4"] * 2, "feed_forward_types": ["dense", "none"], "hidden_act": "gelu"},

@@ -71,12 +71,11 @@ class DiagonalStateSpace(Derived):
         self, x: torch.Tensor, documents: torch.Tensor | None, memory: RecurrentCacheLayer | None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """x [batch, length, channels] -> the same, and what the memory should write, {} where there is none."""
-
-        def in_chunks(x, *matrices, **options):
-            return apply_chunks(x, self.derive("chunks", lambda: self.chunks(*matrices)), **options)
-
         tensors = (x, *self.derive("matrices", self.matrices))
-        return carry_on((self.step, in_chunks), memory, self.name, tensors, documents=documents)
+        return carry_on((self.step, self.in_chunks), memory, self.name, tensors, documents=documents)
+
+    def in_chunks(self, x: torch.Tensor, *matrices, **options) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return apply_chunks(x, self.derive("chunks", lambda: self.chunks(*matrices)), **options)
 
     step = staticmethod(recurrent_diagonal_state_space)
     chunks = staticmethod(diagonal_chunks)
