@@ -75,10 +75,11 @@ def prepare(tensors: Tensors, fields: Fields) -> Tensors:
     for name in [name for name in left if name.endswith("ssm_k_D")]:
         kernel = f"{name.removesuffix('ssm_k_D')}ssm_k_kernel.kernel."
         skip, into, out = left.pop(name), left.pop(f"{kernel}B"), left.pop(f"{kernel}C").squeeze(0)
-        size = out.shape[1]
+        size, dtype = out.shape[1], out.dtype
+        skip, into, out = skip.double(), into.double(), out.double()
         taps = torch.stack([(into[:, : size - lag] * out[:, lag:]).sum(-1) for lag in range(size)], dim=1)
         taps[:, 0] += skip
-        left[f"{name.removesuffix('ssm_k_D')}shift.weight"] = taps.flip(-1)
+        left[f"{name.removesuffix('ssm_k_D')}shift.weight"] = taps.flip(-1).to(dtype)
     return left
 
 
