@@ -5,6 +5,7 @@ import importlib
 from hf_arch.catalogue import ARCHITECTURES, Architecture, find, register
 from hf_arch.convert import convert
 from hf_arch.export import export, push_to_hub
+from hf_arch.groups import parameter_groups
 from hf_arch.lora import lora_config, register_targets
 from hf_arch.states import fork, load_state, save_state
 
@@ -42,6 +43,7 @@ __all__ = [
     "fork",
     "load_state",
     "lora_config",
+    "parameter_groups",
     "push_to_hub",
     "save_state",
 ]

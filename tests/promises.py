@@ -40,6 +40,18 @@ VARIANTS = {
         | {"position_type": "none", "num_local_experts": 4, "mixer_options": {"ssd": {"state_size": 8}}},
         "attention_first": {"layer_types": ["full_attention", "retention"], "mixer_options": None},
     },
+    "h3": {
+        "hybrid": {"layer_types": ["h3", "full_attention"], "state_head_dim": 1, "state_size": 20},
+        "gated": {"feed_forward_types": ["gated", "sparse"], "num_local_experts": 4, "mlp_bias": False}
+        | {"discretization": "zoh", "initialization": "real"},
+    },
+    "s4": {
+        "bilinear": {"layer_types": ["s4d"] * 2, "discretization": "bilinear", "initialization": "inv"},
+        "legs": {"layer_types": ["s4"] * 2, "feed_forward_types": ["dense", "none"], "hidden_act": "gelu"},
+        "s4d_legs": {"layer_types": ["s4d"] * 2, "initialization": "legs", "feed_forward_types": ["sparse", "none"]}
+        | {"num_local_experts": 4},
+        "real": {"layer_types": ["s4d"] * 2, "initialization": "real"},
+    },
     "mixtral": {"sliding": {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9}},
     "hat": {
         "one_level": {"segment_lengths": [], "layer_types": ["level_0"] * 3},
@@ -170,11 +182,13 @@ DECODERS = [
     ),
 ]
 ENCODERS = [Case(row, "ForMaskedLM") for row in ARCHITECTURES if "ForMaskedLM" in row.heads]
-BIDIRECTIONAL = {f"bidirectional_{name}": VARIANTS["transformer"][name] for name in ("vaswani", "alibi", "t5")}
+ALSO_ENCODERS = {"transformer": ("vaswani", "alibi", "t5"), "s4": ("bilinear",)}  # of the choices of decoders
 ENCODERS += [
-    Case(case.row, case.head, name, fields)
+    Case(case.row, case.head, f"bidirectional_{name}", VARIANTS[case.row.name][name])
+    if "ForCausalLM" in case.row.heads
+    else Case(case.row, case.head, name, VARIANTS[case.row.name][name])
     for case in ENCODERS
-    for name, fields in (BIDIRECTIONAL if "ForCausalLM" in case.row.heads else VARIANTS.get(case.row.name, {})).items()
+    for name in ALSO_ENCODERS.get(case.row.name, VARIANTS.get(case.row.name, {}))
 ]
 
 

@@ -50,7 +50,7 @@ def test_wrong_calls_are_refused(model_case, tokens):
 @torch.no_grad()
 def test_a_cache_of_another_model_is_refused(row_case, tokens):
     model = row_case.build()
-    deeper = row_case.build(num_hidden_layers=3, feed_forward_types=None)
+    deeper = row_case.build(num_hidden_layers=3, layer_types=None, feed_forward_types=None)
     cache = deeper(tokens, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="past_key_values holds 3 layers.*is of another model"):
         model(tokens, past_key_values=cache)

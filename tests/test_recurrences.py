@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from hf_arch.modeling.ops.convolution import causal_convolution, recurrent_convolution
+from hf_arch.modeling.ops.convolution import causal_convolution, chunk_convolution, recurrent_convolution
 from hf_arch.modeling.ops.decayed_attention import chunk_decayed_attention, recurrent_decayed_attention
+from hf_arch.modeling.ops.diagonal_state_space import chunk_diagonal_state_space, recurrent_diagonal_state_space
+from hf_arch.modeling.ops.low_rank_state_space import chunk_low_rank_state_space, recurrent_low_rank_state_space
 from hf_arch.modeling.ops.retention import chunk_retention, recurrent_retention
 from hf_arch.modeling.ops.selective_scan import chunk_selective_scan, recurrent_selective_scan
 
@@ -41,7 +43,44 @@ class Op:
         return [x if n in self.fixed else x[:, part] for n, x in enumerate(tensors)]
 
 
+def of_numbers(form: Callable) -> Callable:
+    """A state space by real tensors: the logarithms and angles of its decays, complex numbers as pairs."""
+
+    def call(x, log_decay, angle, readout, skip, **options):
+        return form(x, torch.polar(log_decay.exp(), angle), torch.view_as_complex(readout), skip, **options)
+
+    return call
+
+
+def of_pairs(form: Callable) -> Callable:
+    """The same of one whose numbers are complex."""
+
+    def call(x, step, real, imaginary, *pairs_and_skip, **options):
+        *pairs, skip = pairs_and_skip
+        return form(x, step, torch.complex(real, imaginary), *map(torch.view_as_complex, pairs), skip, **options)
+
+    return call
+
+
 OPS = {
+    "diagonal_state_space": Op(
+        of_numbers(recurrent_diagonal_state_space),
+        of_numbers(chunk_diagonal_state_space),
+        ((6,),),
+        (6, 4, 2),
+        fixed={1: (6, 4), 2: (6, 4), 3: (1, 6, 4, 2), 4: (6,)},
+        signs={1: -1},
+        decays=1,
+    ),
+    "low_rank_state_space": Op(
+        of_pairs(recurrent_low_rank_state_space),
+        of_pairs(chunk_low_rank_state_space),
+        ((6,),),
+        (6, 4, 2),
+        fixed={1: (6,), 2: (6, 4), 3: (6, 4), 4: (6, 4, 2), 5: (6, 4, 2), 6: (1, 6, 4, 2), 7: (6,)},
+        signs={1: 1, 2: -1},
+        decays=2,
+    ),
     "retention": Op(recurrent_retention, chunk_retention, ((3, 8), (3, 8), (3, 16)), (3, 8, 16)),
     "decayed_attention": Op(
         recurrent_decayed_attention,
@@ -61,6 +100,8 @@ OPS = {
         decays=2,
     ),
     "convolution": Op(recurrent_convolution, causal_convolution, ((6,),), (3, 6), fixed={1: (6, 4), 2: (6,)}),
+    "convolution of many": Op(recurrent_convolution, chunk_convolution, ((6,),), (40, 6), fixed={1: (6, 41), 2: (6,)}),
+    "convolution of more": Op(recurrent_convolution, chunk_convolution, ((6,),), (76, 6), fixed={1: (6, 77), 2: (6,)}),
 }
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
 EXACT = {"atol": 1e-11, "rtol": 1e-10}

@@ -20,8 +20,11 @@ from hf_arch.modeling.layers.attention import Attention
 from hf_arch.modeling.layers.experts import SparseFeedForward
 from hf_arch.modeling.layers.feed_forward import MLP
 from hf_arch.modeling.layers.mixer import Mixer
+from hf_arch.modeling.layers.state_space import DiagonalStateSpace
 from hf_arch.modeling.skeleton.backbone import Backbone
+from hf_arch.modeling.state_space.h3.modeling_h3 import H3
 from hf_arch.modeling.state_space.retnet.modeling_retnet import MultiScaleRetention
+from hf_arch.modeling.state_space.s4.modeling_s4 import S4D
 from hf_arch.modeling.state_space.s6.modeling_s6 import S6
 from hf_arch.modeling.state_space.ssd.modeling_ssd import SSD
 
@@ -158,6 +161,30 @@ def s6(module: S6, span: Span) -> Cost:
     return projections(module, span) + Cost(
         operations=2 * span.tokens * states, exponentials=span.tokens * (states + 3 * inner), numbers=2 * states
     )
+
+
+@cost.register
+def state_space(module: DiagonalStateSpace, span: Span) -> Cost:
+    """The matrices of a chunk are made once, however long the text: they count for nothing."""
+    channels, numbers = len(module.D), 2 * module.A_log.shape[1]
+    within = 2 * min(CHUNK, span.tokens) if span.tokens > 1 else 0
+    return Cost(operations=span.tokens * channels * (4 * numbers + within), numbers=4 * channels * numbers)
+
+
+@cost.register
+def h3(module: H3, span: Span) -> Cost:
+    """A state space for each pair of a head, and a convolution over the last tokens."""
+    pairs, (channels, taps) = module.head_dim**2, module.shift.weight.shape
+    of_pairs = Span(span.tokens * pairs, span.before) if span.tokens > 1 else span
+    shift = Cost(operations=2 * span.tokens * channels * taps, numbers=3 * channels * taps)
+    return projections(module, span) + cost(module.state_space, of_pairs) + shift
+
+
+@cost.register
+def s4(module: S4D, span: Span) -> Cost:
+    """A gelu of what the state space answers, a sigmoid in the gate."""
+    smooth = Cost(exponentials=span.tokens * module.out_proj.out_features)
+    return projections(module, span) + cost(module.state_space, span) + smooth
 
 
 def projections(module: nn.Module, span: Span) -> Cost:

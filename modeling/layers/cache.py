@@ -146,7 +146,10 @@ class StaticRecurrentCacheLayer(RecurrentCacheLayer):
 
 # The layers that keep states, as config.layer_types names them: what a new recurrence has to be in
 RECURRENT = (
+    "h3",
     "retention",
+    "s4",
+    "s4d",
     "s6",
     "ssd",
 )

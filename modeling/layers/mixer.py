@@ -18,7 +18,8 @@ class Mixer(nn.Module):
     values by `past_key_values.update`; a recurrence gets the number of each token's document, 0 for padding (None when
     all are of one document), and keeps its states in `self.memory(past_key_values, layer_idx)`. The index of the cache
     layer comes with the call, since layers may share a mixer. A mixer touches no other layer's cache. Whatever a call
-    may record (attention weights) passes through a module of `record.py`.
+    may record (attention weights) passes through a module of `record.py`. `state_parameters` names what sets the memory
+    of a state space, here or inside: it trains slowly, without weight decay (`hf_arch.parameter_groups`).
     """
 
     def __init__(self, config, layer_idx: int):

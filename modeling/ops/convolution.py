@@ -6,10 +6,13 @@ Shapes: x [batch, length, channels], weight [channels, size], bias [channels]; s
 last real tokens, zero where there are fewer; documents [batch, length] as in `documents.py`.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
 from .documents import document_runs
+from .time_invariant import CHUNK, apply_chunks, toeplitz
 
 
 def recurrent_convolution(x, weight, bias=None, *, documents=None, initial_state=None, output_final_state=False):
@@ -52,3 +55,41 @@ def causal_convolution(x, weight, bias=None, *, documents=None, initial_state=No
     last = place[:, -1:] - torch.arange(before - 1, -1, -1, device=x.device)
     same = (document.gather(1, last) == document.gather(1, place[:, -1:]))[..., None]
     return y, x.gather(1, last[..., None].expand(-1, -1, x.shape[-1])) * same
+
+
+def chunk_convolution(x, weight, bias=None, *, documents=None, initial_state=None, output_final_state=False):
+    """The same answer by matrix products, for convolutions over many tokens: those of a chunk, and of the one before
+    it."""
+    wide, before = torch.promote_types(x.dtype, torch.float32), weight.shape[1] - 1
+    size = max(CHUNK, before + before % 2)
+    taps = F.pad(weight.to(wide).flip(-1), (0, 2 * size - weight.shape[1]))
+    chunks = TappedChunks(toeplitz(taps[:, :size]), toeplitz(taps[:, size:], taps[:, 1:size].flip(-1)))
+    if initial_state is not None:
+        initial_state = F.pad(initial_state.transpose(1, 2), (size - before, 0)).unflatten(-1, (-1, 2))
+    told = {"documents": documents, "initial_state": initial_state, "output_final_state": output_final_state}
+    y, state = apply_chunks(x, chunks, **told)
+    y = y if bias is None else y + bias
+    return y, None if state is None else state.flatten(-2)[..., size - before :].transpose(1, 2).to(x.dtype)
+
+
+class TappedChunks(NamedTuple):
+    """As `Chunks` of `time_invariant.py`: a state is the last tokens, as many as a chunk has."""
+
+    within: torch.Tensor
+    out_of: torch.Tensor
+
+    @property
+    def numbers(self) -> int:
+        return self.within.shape[-1]
+
+    def take_in(self, rows):
+        return rows
+
+    def carry(self, added, keep, state):
+        first = torch.zeros_like(added[:, 0]) if state is None else state
+        return torch.cat((first[:, None], added[:, :-1]), dim=1)
+
+    def advance(self, state, count):
+        place = torch.arange(self.numbers, device=state.device) + count[:, None]
+        held = F.pad(state, (0, self.numbers))
+        return held.gather(-1, place.expand(len(state), -1, -1))

@@ -51,7 +51,7 @@ def carry(added: torch.Tensor, across: torch.Tensor, state: torch.Tensor | None)
     """The recurrence between chunks, state = across * state + added: the states [batch, chunks, ...] at the starts of
     the chunks, and the one at the end. `added` and `across` are [batch or 1, chunks, ...], in the type of the state."""
     state, before = torch.zeros_like(added[:, 0]) if state is None else state, []
-    for n in range(added.shape[1]):
+    for new, kept in zip(added.unbind(1), across.unbind(1), strict=True):  # the gradient of an index is a whole tensor
         before.append(state)
-        state = torch.addcmul(added[:, n], across[:, n], state)
+        state = torch.addcmul(new, kept, state)
     return torch.stack(before, dim=1), state

@@ -23,6 +23,8 @@ class S6(Mixer):
     state = exp(-dt exp(A_log)) state + B (dt x), y = C state + D x, for each channel by itself.
     """
 
+    state_parameters = ("A_log", "D", "dt_proj.bias")
+
     def __init__(self, config: ArchS6Config, layer_idx: int):
         super().__init__(config, layer_idx)
         inner, rank = config.inner_size, config.time_step_rank

@@ -36,6 +36,8 @@ class SSD(Mixer):
     projections: state = decay * state + B^T (dt x), y = C state + D x.
     """
 
+    state_parameters = ("A_log", "D", "dt_bias")
+
     def __init__(self, config: ArchSSDConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.num_heads, self.n_groups = config.num_attention_heads, config.n_groups

@@ -1,0 +1,42 @@
+"""What is computed from parameters alone, such as the matrices of a state space: again at each call while they train,
+once for all calls in evaluation."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Derived(nn.Module):
+    """A module that keeps what it made of its parameters until one of them changes.
+
+    Nothing is kept where gradients are recorded, or while a model is compiled. A change by way of `parameter.data`
+    shows only to the next `train()` or `eval()`, both of which forget what was kept.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.made: dict[str, tuple[tuple, Any]] = {}
+
+    def derive(self, name: str, make: Callable[[], Any]) -> Any:
+        """make(), without autocast, or what it answered last time."""
+        parameters = list(self.parameters())
+        with torch.autocast(parameters[0].device.type, enabled=False):
+            if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+                return make()
+            if any(parameter.is_inference() for parameter in parameters):
+                return make()  # they count no changes
+            state = tuple((parameter.data_ptr(), parameter._version, parameter.dtype) for parameter in parameters)
+            if name not in self.made or self.made[name][0] != state:
+                with torch.inference_mode(False), torch.no_grad():
+                    self.made[name] = state, make()
+        return self.made[name][1]
+
+    def train(self, mode: bool = True):
+        self.made.clear()
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs):
+        self.made.clear()
+        return super()._apply(*args, **kwargs)
