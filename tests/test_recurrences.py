@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from hf_arch.modeling.ops.convolution import causal_convolution, recurrent_convolution
 from hf_arch.modeling.ops.decayed_attention import chunk_decayed_attention, recurrent_decayed_attention
+from hf_arch.modeling.ops.long_convolution import long_convolution, recurrent_long_convolution
 from hf_arch.modeling.ops.retention import chunk_retention, recurrent_retention
 from hf_arch.modeling.ops.selective_scan import chunk_selective_scan, recurrent_selective_scan
 
@@ -60,6 +61,7 @@ OPS = {
         signs={1: 1, 2: -1},
         decays=2,
     ),
+    "long_convolution": Op(recurrent_long_convolution, long_convolution, ((6,),), (6, 39), fixed={1: (6, 90)}),
     "convolution": Op(recurrent_convolution, causal_convolution, ((6,),), (3, 6), fixed={1: (6, 4), 2: (6,)}),
 }
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())
