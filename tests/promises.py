@@ -194,7 +194,7 @@ def some_tokens(batch: int = 2, length: int = LENGTH, seed: int = 1) -> torch.Te
 def sums(past_key_values) -> list[torch.Tensor]:
     """The states that add up what was read. Those of convolutions hold copies of it, in its own type."""
     named = [item for layer in cache_layers_of(past_key_values) for item in getattr(layer, "states", {}).items()]
-    return [state for name, state in named if name != "convolution"]
+    return [state for name, state in named if not name.startswith(("convolution", "history"))]
 
 
 def inputs_and_labels(case: Case, model: nn.Module) -> dict[str, torch.Tensor]:
