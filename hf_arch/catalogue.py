@@ -142,6 +142,7 @@ ARCHITECTURES = (
             *("in_proj", "out_proj", "embed_proj", "first_proj", "second_proj", "tap_proj"),
             *("gate_proj", "up_proj", "down_proj"),
         ),
+        tiny={"filter_frequency": 1.0},
         exceptions={
             "bounded state": "A filter is as long as the text: each step reads all earlier tokens, and the cache holds "
             "them, up to max_position_embeddings. Layers of type modal_hyena, into which `hf_arch.distill` turns the "

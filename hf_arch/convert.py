@@ -37,7 +37,7 @@ from hf_arch.modeling.skeleton.conversion import Conversion
 from hf_arch.publish import staged
 
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
-TORCH_FILES = ("pytorch_model*", "*.pt", "*.pth")
+TORCH_FILES = ("pytorch_model*", "*.pt", "*.pth", "*.ckpt")
 TRAINING_STATE = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 IN_FLOAT64 = 10**9  # parameters up to which a conversion is verified in float64
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}  # of the largest number; some originals norm in float32 always
@@ -168,7 +168,7 @@ def weight_files(folder: Path) -> list[Path]:
     for path in (folder / name for name in WEIGHTS):
         if path.exists():
             return shards(path) if path.suffix == ".json" else [path]
-    files = [path for pattern in ("*.safetensors", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))]
+    files = [path for pattern in ("*.safetensors", *TORCH_FILES[1:]) for path in sorted(folder.glob(pattern))]
     files = [path for path in files if not any(path.match(name) for name in (*TRAINING_STATE, "adapter_model.*"))]
     if len(files) != 1:
         found = f"several: {', '.join(path.name for path in files)}; keep one" if files else "none"
