@@ -4,6 +4,7 @@ import importlib
 
 from hf_arch.catalogue import ARCHITECTURES, Architecture, find, register
 from hf_arch.convert import convert
+from hf_arch.distill import distill
 from hf_arch.export import export, push_to_hub
 from hf_arch.lora import lora_config, register_targets
 from hf_arch.states import fork, load_state, save_state
@@ -37,6 +38,7 @@ __all__ = [
     "StatefulTrainer",
     "WholeWordMaskCollator",
     "convert",
+    "distill",
     "export",
     "find",
     "fork",

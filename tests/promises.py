@@ -35,6 +35,11 @@ VARIANTS = {
         "sparse": {"feed_forward_types": ["gated", "sparse"], "num_local_experts": 4, "moe_intermediate_size": 24},
     },
     "retnet": {"sparse": {"feed_forward_types": ["sparse"] * 2, "num_local_experts": 4, "num_experts_per_tok": 1}},
+    "hyena": {
+        "third_order": {"hyena_order": 3, "short_filter_order": 4, "attention_bias": False},
+        "modal": {"layer_types": ["modal_hyena"] * 2, "state_size": 5, "hyena_order": 3},
+        "mixed": {"layer_types": ["modal_hyena", "hyena"], "state_size": 3},
+    },
     "mixtral": {"sliding": {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9}},
     "hat": {
         "one_level": {"segment_lengths": [], "layer_types": ["level_0"] * 3},

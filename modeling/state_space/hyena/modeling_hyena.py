@@ -6,7 +6,9 @@ from transformers.cache_utils import Cache
 
 from ...layers.implicit_filter import ImplicitFilter
 from ...layers.mixer import Mixer, carry_on
+from ...layers.modal_filter import ModalFilter
 from ...layers.short_convolution import ShortConvolution
+from ...ops.diagonal_state_space import chunk_diagonal_state_space, recurrent_diagonal_state_space
 from ...ops.documents import find_documents
 from ...ops.long_convolution import long_convolution, recurrent_long_convolution
 from ...skeleton.backbone import Backbone
@@ -58,7 +60,7 @@ class Hyena(Mixer):
     def filters(self, new_tokens: int, documents: torch.Tensor | None, memory) -> list:
         """As long as the text is. Raises ValueError where that is past the time that they know."""
         tokens, longest = new_tokens if memory is None else memory.room(new_tokens), self.filter.longest
-        if tokens > longest and memory is None and documents is not None:
+        if tokens > longest and tokens == new_tokens and documents is not None:
             tokens = find_documents(documents).longest
         if tokens > longest:
             raise ValueError(
@@ -74,9 +76,24 @@ class Hyena(Mixer):
         return carry_on(forms, memory, f"history_{n}", (x, filter.kernel), documents=documents, **told)
 
 
+class ModalHyena(Hyena):
+    """The same with filters that are small recurrences: a state of fixed size, texts of any length."""
+
+    def make_filter(self, config: ArchHyenaConfig) -> nn.Module:
+        sizes = config.hidden_size, config.hyena_order - 1, config.state_size
+        return ModalFilter(*sizes, config.max_position_embeddings)
+
+    def filters(self, new_tokens: int, documents: torch.Tensor | None, memory) -> list:
+        return self.filter()
+
+    def convolve(self, x, filter, documents, memory, n: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        forms = recurrent_diagonal_state_space, chunk_diagonal_state_space
+        return carry_on(forms, memory, f"state_{n}", (x, *filter), documents=documents)
+
+
 class ArchHyenaModel(Backbone):
     config: ArchHyenaConfig
-    mixers = {"hyena": Hyena}
+    mixers = {"hyena": Hyena, "modal_hyena": ModalHyena}
     norm_class = nn.LayerNorm
 
 
