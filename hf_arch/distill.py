@@ -57,32 +57,42 @@ def distill(model: PreTrainedModel, state_size: int = 16) -> Distilled:
 
 
 def fit(kernel: torch.Tensor, states: int) -> tuple[torch.Tensor, ...]:
-    """kernel [channels, taps] in float64 -> the parameters of a `ModalFilter`, and the error of each channel."""
+    """kernel [channels, taps] in float64 -> the parameters of a `ModalFilter`, and the error of each channel. Fewer
+    waves are tried as well: those of a smooth filter may be too like each other to be told apart."""
+    tried = [fit_waves(kernel, count, states) for count in sorted({states, -(-states // 2), -(-states // 4)})]
+    best = torch.stack([error for *_, error in tried]).argmin(dim=0), torch.arange(len(kernel), device=kernel.device)
+    return tuple(torch.stack(values)[best] for values in zip(*tried, strict=True))
+
+
+def fit_waves(kernel: torch.Tensor, count: int, states: int) -> tuple[torch.Tensor, ...]:
+    """The same with `count` waves, and others that are nothing."""
     later, channels = kernel[:, 1:], len(kernel)
-    exponents = wave_exponents(later, states) if later.shape[1] > 1 else later.new_full((channels, states), -1.0) + 0j
+    exponents = wave_exponents(later, count) if later.shape[1] > 1 else later.new_full((channels, count), -1.0) + 0j
     places = torch.linspace(0, later.shape[1] - 1, min(TAPS, later.shape[1])).round().long().unique()
     taps, places = later[:, places], (places + 1).to(kernel)
     weights = least_squares(exponents, places, taps)
     # A wave that does not turn counts once, a turning one is half a pair: too many are found, and the loudest stay
     energy = weights.abs().square() * torch.exp(2 * exponents.real[..., None] * places).sum(-1)
-    loudest = energy.topk(min(states, energy.shape[1]), dim=1).indices
-    exponents = nn.functional.pad(exponents.gather(1, loudest), (0, states - loudest.shape[1]), value=-1.0)
+    loudest = energy.topk(min(count, energy.shape[1]), dim=1).indices
+    exponents = exponents.gather(1, loudest)
     weights = least_squares(exponents, places, taps)
     found = (weights[..., None] * torch.exp(exponents[..., None] * places)).real.sum(1)
     skip = kernel[:, 0] - weights.real.sum(1)
     error = (found - taps).norm(dim=1) / torch.cat((taps, kernel[:, :1]), dim=1).norm(dim=1).clamp(min=1e-30)
+    missing = (0, states - exponents.shape[1])
+    exponents, weights = nn.functional.pad(exponents, missing, value=-1.0), nn.functional.pad(weights, missing)
     readout = torch.view_as_real(weights.conj().resolve_conj())
     return (-exponents.real).clamp(min=SLOWEST).log(), exponents.imag, readout, skip, error
 
 
-def wave_exponents(kernel: torch.Tensor, states: int) -> torch.Tensor:
-    """[channels, 2 * states or less] complex: the exponents per token of the waves that make up a kernel, by the
+def wave_exponents(kernel: torch.Tensor, count: int) -> torch.Tensor:
+    """[channels, 2 * count or less] complex: the exponents per token of the waves that make up a kernel, by the
     eigensystem realisation of its Hankel matrix (Kung, 1978): all of waves that do not turn, and one of each pair."""
     stride = -(-kernel.shape[1] // POINTS)
     means = kernel[:, : kernel.shape[1] // stride * stride].unflatten(1, (-1, stride)).mean(-1)
     hankel = means.unfold(1, means.shape[1] - means.shape[1] // 2, 1)
     left, sizes, right = torch.linalg.svd(hankel[:, :-1], full_matrices=False)
-    rank = min(2 * states, sizes.shape[1])
+    rank = min(2 * count, sizes.shape[1])
     scale = sizes[:, :rank].clamp(min=1e-12 * sizes.max()).rsqrt()
     moved = scale[..., None] * (left[..., :rank].mT @ hankel[:, 1:] @ right[:, :rank].mT) * scale[:, None]
     exponents = torch.linalg.eigvals(moved).log() / stride
