@@ -47,7 +47,7 @@ def distill(model: PreTrainedModel, state_size: int = 16) -> Distilled:
     distilled.load_state_dict(kept, strict=False)
     errors = {}
     for name, implicit in filters.items():
-        kernel = torch.cat(copy.deepcopy(implicit).double().kernels(implicit.longest))
+        kernel = torch.cat(copy.deepcopy(implicit).double().cpu().kernels(implicit.longest))
         fitted = zip(*(fit(part, state_size) for part in kernel.split(CHANNELS)), strict=True)
         *values, errors[name] = (torch.cat(parts) for parts in fitted)
         modal = distilled.get_submodule(name)
