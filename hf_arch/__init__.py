@@ -4,6 +4,7 @@ import importlib
 
 from hf_arch.catalogue import ARCHITECTURES, Architecture, find, register
 from hf_arch.convert import convert
+from hf_arch.distill import distill
 from hf_arch.export import export, push_to_hub
 from hf_arch.groups import parameter_groups
 from hf_arch.lora import lora_config, register_targets
@@ -38,6 +39,7 @@ __all__ = [
     "StatefulTrainer",
     "WholeWordMaskCollator",
     "convert",
+    "distill",
     "export",
     "find",
     "fork",

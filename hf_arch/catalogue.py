@@ -151,6 +151,23 @@ ARCHITECTURES = (
         tiny={"state_size": 8, "n_groups": 2, "feed_forward_types": ["none", "gated"]},
     ),
     Architecture(
+        "hyena",
+        "ArchHyena",
+        family="state_space",
+        title="Hyena",
+        paper="arXiv:2302.10866",
+        lora_targets=(
+            *("in_proj", "out_proj", "embed_proj", "first_proj", "second_proj", "tap_proj"),
+            *("gate_proj", "up_proj", "down_proj"),
+        ),
+        tiny={"filter_frequency": 1.0},
+        exceptions={
+            "bounded state": "A filter is as long as the text: each step reads all earlier tokens, and the cache holds "
+            "them, up to max_position_embeddings. Layers of type modal_hyena, into which `hf_arch.distill` turns the "
+            "others, keep a small state of fixed size.",
+        },
+    ),
+    Architecture(
         "hybrid",
         "ArchHybrid",
         family="state_space",

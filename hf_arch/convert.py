@@ -36,9 +36,9 @@ from hf_arch.export import TOKENIZER_FILES
 from hf_arch.modeling.skeleton.conversion import Conversion
 from hf_arch.publish import staged
 
-SUFFIXES = (".safetensors", ".pt", ".pth")
+SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt")
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
-TORCH_FILES = ("pytorch_model*", "*.pt", "*.pth")
+TORCH_FILES = ("pytorch_model*", "*.pt", "*.pth", "*.ckpt")
 TRAINING_STATE = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 IN_FLOAT64 = 10**9  # parameters up to which a conversion is verified in float64
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}  # of the largest number; some originals norm in float32 always

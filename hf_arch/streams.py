@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, default_data_collator
 from transformers.cache_utils import Cache, DynamicLayer
 
+from hf_arch.modeling.layers.cache import HistoryCacheLayer
 from hf_arch.states import pack, read, unpack, write
 
 
@@ -156,10 +157,12 @@ def empty_memory(model: nn.Module) -> Cache:
         )
     backbone = backbones[0]
     cache = backbone.make_cache()
-    if any(isinstance(layer, DynamicLayer) and not layer.is_sliding for layer in cache.layers):
+    full = (isinstance(layer, DynamicLayer) and not layer.is_sliding for layer in cache.layers)
+    if any(full) or any(isinstance(layer, HistoryCacheLayer) for layer in cache.layers):
         raise ValueError(
-            f"{backbone.config.model_type} with full attention remembers everything: its memory would grow with the "
-            "stream. Take layers with a bounded one, recurrent or sliding, or transformers' own Trainer."
+            f"{backbone.config.model_type} with layers of type {', '.join(dict.fromkeys(backbone.config.layer_types))} "
+            "remembers everything: its memory would grow with the stream. Take layers with a bounded one, recurrent or "
+            "sliding, or transformers' own Trainer."
         )
     return cache
 

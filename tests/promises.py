@@ -52,6 +52,11 @@ VARIANTS = {
         | {"num_local_experts": 4},
         "real": {"layer_types": ["s4d"] * 2, "initialization": "real"},
     },
+    "hyena": {
+        "third_order": {"hyena_order": 3, "short_filter_order": 4, "attention_bias": False},
+        "modal": {"layer_types": ["modal_hyena"] * 2, "state_size": 5, "hyena_order": 3},
+        "mixed": {"layer_types": ["modal_hyena", "hyena"], "state_size": 3},
+    },
     "mixtral": {"sliding": {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9}},
     "hat": {
         "one_level": {"segment_lengths": [], "layer_types": ["level_0"] * 3},
@@ -217,7 +222,7 @@ def some_tokens(batch: int = 2, length: int = LENGTH, seed: int = 1) -> torch.Te
 def sums(past_key_values) -> list[torch.Tensor]:
     """The states that add up what was read. Those of convolutions hold copies of it, in its own type."""
     named = [item for layer in cache_layers_of(past_key_values) for item in getattr(layer, "states", {}).items()]
-    return [state for name, state in named if name != "convolution"]
+    return [state for name, state in named if not name.startswith(("convolution", "history"))]
 
 
 def inputs_and_labels(case: Case, model: nn.Module) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from hf_arch.modeling.ops.convolution import causal_convolution, chunk_convoluti
 from hf_arch.modeling.ops.decayed_attention import chunk_decayed_attention, recurrent_decayed_attention
 from hf_arch.modeling.ops.diagonal_state_space import chunk_diagonal_state_space, recurrent_diagonal_state_space
 from hf_arch.modeling.ops.low_rank_state_space import chunk_low_rank_state_space, recurrent_low_rank_state_space
+from hf_arch.modeling.ops.long_convolution import long_convolution, recurrent_long_convolution
 from hf_arch.modeling.ops.retention import chunk_retention, recurrent_retention
 from hf_arch.modeling.ops.selective_scan import chunk_selective_scan, recurrent_selective_scan
 
@@ -99,6 +100,7 @@ OPS = {
         signs={1: 1, 2: -1},
         decays=2,
     ),
+    "long_convolution": Op(recurrent_long_convolution, long_convolution, ((6,),), (6, 39), fixed={1: (6, 90)}),
     "convolution": Op(recurrent_convolution, causal_convolution, ((6,),), (3, 6), fixed={1: (6, 4), 2: (6,)}),
     "convolution of many": Op(recurrent_convolution, chunk_convolution, ((6,),), (40, 6), fixed={1: (6, 41), 2: (6,)}),
     "convolution of more": Op(recurrent_convolution, chunk_convolution, ((6,),), (76, 6), fixed={1: (6, 77), 2: (6,)}),

@@ -5,6 +5,7 @@ takes the place of transformers' DynamicLayer, which copies all keys and values 
 """
 
 import torch
+from torch import nn
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     STATIC_LAYER_TYPE_MAPPING,
@@ -144,6 +145,33 @@ class StaticRecurrentCacheLayer(RecurrentCacheLayer):
         self.is_initialized = False
 
 
+class HistoryCacheLayer(RecurrentCacheLayer):
+    """The same with states that grow: those called history hold all tokens of the text, [batch, channels, tokens], the
+    newest first, zero where there are fewer."""
+
+    def room(self, new_tokens: int) -> int:
+        """For how many tokens in all there must be room now."""
+        return self.cumulative_length + new_tokens
+
+
+class StaticHistoryCacheLayer(StaticRecurrentCacheLayer):
+    """The same at fixed addresses, with room for all tokens from the first."""
+
+    def __init__(self, max_cache_len: int, **kwargs):
+        super().__init__(**kwargs)
+        self.max_cache_len = max_cache_len
+
+    def room(self, new_tokens: int) -> int:
+        return self.max_cache_len
+
+    def write(self, new_tokens: int, **states: torch.Tensor) -> None:
+        """Negative padding cuts."""
+        for name, state in states.items():
+            if name.startswith("history"):
+                states[name] = nn.functional.pad(state, (0, self.max_cache_len - state.shape[-1]))
+        super().write(new_tokens, **states)
+
+
 # The layers that keep states, as config.layer_types names them: what a new recurrence has to be in
 RECURRENT = (
     "h3",
@@ -152,9 +180,12 @@ RECURRENT = (
     "s4d",
     "s6",
     "ssd",
+    "hyena",
+    "modal_hyena",
 )
 DYNAMIC_LAYER_TYPE_MAPPING |= dict.fromkeys(RECURRENT, RecurrentCacheLayer)
 STATIC_LAYER_TYPE_MAPPING |= dict.fromkeys(RECURRENT, StaticRecurrentCacheLayer)
+DYNAMIC_LAYER_TYPE_MAPPING["hyena"], STATIC_LAYER_TYPE_MAPPING["hyena"] = HistoryCacheLayer, StaticHistoryCacheLayer
 
 
 class GrowingCacheLayer(DynamicLayer):

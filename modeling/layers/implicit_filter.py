@@ -1,0 +1,120 @@
+"""The filters of a long convolution as a function of time that a small network is (Poli et al., 2023, arXiv:2302.10866,
+section 3.3), which costs as many parameters for a long text as for a short one."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+
+from ..ops.long_convolution import GROUP, SMALLEST, KernelTransform, transform_kernel
+
+FASTEST, SLOWEST, FADED = 0.3, 1.5, 1e-2  # times, of the longest text, by which channels fade to a hundredth
+ADAPTERS = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")  # what PEFT turns beside parameters
+
+
+class WideLinear(nn.Linear):
+    """A Linear in the type of its input, whatever that of its weights: in bfloat16, time would go by in 256 steps."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class LongFilter(NamedTuple):
+    """A kernel [channels, taps], and its transform where it is kept."""
+
+    kernel: torch.Tensor
+    transform: KernelTransform | None
+
+
+class ImplicitFilter(nn.Module):
+    """filter_t = (exp(-delta t) + shift) * tap(sin(f * second(sin(f * first(sin(f * embed(time features)))))), and a
+    bias for the token itself, for each channel; `longest` tokens are the unit of time.
+
+    In eval what was made is kept, until a parameter or an adapter changes. Not seen is a change through `.data` of a
+    parameter alone: call `eval()` again after one.
+    """
+
+    def __init__(self, channels: int, count: int, longest: int, sizes: tuple[int, int], frequency: float, shift: float):
+        """`count` filters of `channels` each; `sizes` of the time features and of the network inside."""
+        super().__init__()
+        features, width = sizes
+        self.count, self.longest, self.features = count, longest, features
+        self.first_frequency, self.shift = frequency, shift
+        self.embed_proj = WideLinear(features, width)
+        self.first_proj = WideLinear(width, width)
+        self.second_proj = WideLinear(width, width)
+        self.tap_proj = WideLinear(width, count * channels, bias=False)
+        self.frequency = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(count * channels))
+        self.kept: tuple[tuple, list[LongFilter]] | None = None
+
+    def init_parameters(self, std: float) -> None:
+        init.constant_(self.frequency, self.first_frequency)
+        init.normal_(self.bias)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        self.kept = None
+        return super().train(mode)
+
+    def forward(self, tokens: int, going_on: bool = False) -> list[LongFilter]:
+        """The filters for texts of up to `tokens`. A compiled step that is `going_on` with a text takes the ones that
+        the text was begun with: it cannot ask whether they are still those of the parameters."""
+        live = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
+        if self.training or live:
+            self.kept = None
+            return [LongFilter(kernel, None) for kernel in self.kernels(tokens)]
+        enough = self.kept is not None and self.kept[1][0].kernel.shape[1] >= tokens
+        if torch.compiler.is_compiling():
+            if enough and going_on:
+                return self.kept[1]
+            return [LongFilter(kernel, None) for kernel in self.kernels(tokens)]
+        key = self.fingerprint()
+        if not enough or self.kept[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                self.kept = key, self.prepared(tokens)
+        return self.kept[1]
+
+    def prepared(self, tokens: int) -> list[LongFilter]:
+        """Filters with their transforms, for a few more tokens than asked for: texts grow."""
+        size = SMALLEST
+        while size < tokens:
+            size *= GROUP
+        size = min(size, self.longest)
+        return [LongFilter(kernel, transform_kernel(kernel, size)) for kernel in self.kernels(size)]
+
+    def fingerprint(self) -> tuple:
+        """What changes when the filters do."""
+        return (
+            *((id(p), p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in self.parameters()),
+            *(repr(getattr(module, name, None)) for module in self.modules() for name in ADAPTERS),
+        )
+
+    def kernels(self, taps: int) -> list[torch.Tensor]:
+        """`count` kernels [channels, taps], in float32 at least."""
+        wide = torch.promote_types(self.bias.dtype, torch.float32)
+        with torch.autocast(self.bias.device.type, enabled=False):
+            time, hidden = self.time_features(taps, wide)
+            frequency = self.frequency.to(wide)
+            for projection in (self.embed_proj, self.first_proj, self.second_proj):
+                hidden = torch.sin(frequency * projection(hidden))
+            kernel = self.tap_proj(hidden).T * (self.decay(time) + self.shift)
+            kernel = kernel + F.pad(self.bias.to(wide)[:, None], (0, taps - 1))
+        return list(kernel.unflatten(0, (self.count, -1)))
+
+    def time_features(self, taps: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """[taps] time, and [taps, features]: time, and cosines and sines of it."""
+        options = {"dtype": dtype, "device": self.bias.device}
+        time = torch.linspace(0, 1, self.longest, **options)[:taps]
+        bands = (self.features - 1) // 2
+        turns = torch.linspace(1e-4, bands - 1, bands, **options)
+        angle = turns * (2 * math.pi * torch.arange(taps, **options)[:, None] / self.longest)
+        return time, torch.cat((time[:, None], angle.cos(), -angle.sin()), dim=-1)
+
+    def decay(self, time: torch.Tensor) -> torch.Tensor:
+        """[channels, taps] from 1 on, at rates that are even between those of the slowest and the fastest channel."""
+        slowest, fastest = (-math.log(FADED) / at for at in (SLOWEST, FASTEST))
+        rates = torch.linspace(slowest, fastest, len(self.bias), dtype=time.dtype, device=time.device)
+        return torch.exp(-rates[:, None] * time)
