@@ -14,8 +14,8 @@ from torch.testing import assert_close
 from hf_arch.modeling.ops.convolution import causal_convolution, chunk_convolution, recurrent_convolution
 from hf_arch.modeling.ops.decayed_attention import chunk_decayed_attention, recurrent_decayed_attention
 from hf_arch.modeling.ops.diagonal_state_space import chunk_diagonal_state_space, recurrent_diagonal_state_space
-from hf_arch.modeling.ops.low_rank_state_space import chunk_low_rank_state_space, recurrent_low_rank_state_space
 from hf_arch.modeling.ops.long_convolution import long_convolution, recurrent_long_convolution
+from hf_arch.modeling.ops.low_rank_state_space import chunk_low_rank_state_space, recurrent_low_rank_state_space
 from hf_arch.modeling.ops.retention import chunk_retention, recurrent_retention
 from hf_arch.modeling.ops.selective_scan import chunk_selective_scan, recurrent_selective_scan
 
