@@ -1,10 +1,14 @@
 """Mixers of several architectures in one stack."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 
-from hf_arch import find
+from hf_arch import ARCHITECTURES, find
+from hf_arch.modeling.skeleton.config import ArchConfig
 from hf_arch.modeling.state_space.hybrid.modeling_hybrid import MIXERS
 from promises import EXACT, Case, some_tokens
 
@@ -15,11 +19,13 @@ ROW = find("hybrid")
 @torch.no_grad()
 def test_a_stack_of_guests_is_the_architecture_they_come_from(kind):
     """The same weights give the same answer, in a stack of one kind and in the architecture's own."""
-    own = next(row for row in map(find, ("retnet", "s6", "ssd")) if kind in row.load("Config").layer_kinds)
+    own = next(row for row in ARCHITECTURES if row.name != "hybrid" and kind in row.load("Config").layer_kinds)
     original = Case(own, "ForCausalLM", fields={"feed_forward_types": ["gated"] * 2, "layer_types": [kind] * 2}).build()
-    options = {name: original.config.to_dict()[name] for name in own.tiny if name != "feed_forward_types"}
-    fields = {"layer_types": [kind] * 2, "mixer_options": {kind: options}, "norm_eps": original.config.norm_eps}
-    hybrid = Case(ROW, "ForCausalLM", kind, fields).build()
+    told = {field.name: getattr(original.config, field.name) for field in fields(original.config)}
+    shared = {field.name: told.pop(field.name) for field in fields(ArchConfig)} | {"layer_types": [kind] * 2}
+    norm = "layer_norm" if isinstance(original.model.norm, nn.LayerNorm) else "rms_norm"
+    choices = shared | {"norm_type": norm, "mixer_options": {kind: told}}
+    hybrid = Case(ROW, "ForCausalLM", kind, choices).build()
     hybrid.model.embed_positions = original.model.embed_positions
     hybrid.load_state_dict(original.state_dict())
     tokens = some_tokens()
@@ -27,7 +33,7 @@ def test_a_stack_of_guests_is_the_architecture_they_come_from(kind):
 
 
 @pytest.mark.parametrize(
-    "fields, message",
+    "choices, message",
     [
         ({"mixer_options": {"ssd": {}}}, "mixer_options tells ssd; of other architectures, layer_types has s6"),
         ({"mixer_options": {"sliding_attention": {}}}, "mixer_options tells sliding_attention"),
@@ -37,6 +43,6 @@ def test_a_stack_of_guests_is_the_architecture_they_come_from(kind):
         ({"direction": "bidirectional"}, "A hybrid is causal"),
     ],
 )
-def test_configurations_that_cannot_be(fields, message):
+def test_configurations_that_cannot_be(choices, message):
     with pytest.raises((ValueError, StrictDataclassError), match=message):
-        ROW.tiny_config(**fields)
+        ROW.tiny_config(**choices)

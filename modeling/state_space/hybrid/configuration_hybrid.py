@@ -5,13 +5,19 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
 from ...dense.transformer.configuration_transformer import ArchTransformerConfig
+from ...layers.cache import RECURRENT
 from ...skeleton.config import ArchConfig
+from ..h3.configuration_h3 import ArchH3Config
+from ..hyena.configuration_hyena import ArchHyenaConfig
 from ..retnet.configuration_retnet import ArchRetNetConfig
+from ..s4.configuration_s4 import ArchS4Config
 from ..s6.configuration_s6 import ArchS6Config
 from ..ssd.configuration_ssd import ArchSSDConfig
 
-GUESTS = ArchRetNetConfig, ArchS6Config, ArchSSDConfig
-CONFIGS: dict[str, type[ArchConfig]] = {kind: config for config in GUESTS for kind in config.layer_kinds}
+GUESTS = ArchRetNetConfig, ArchS4Config, ArchH3Config, ArchS6Config, ArchSSDConfig, ArchHyenaConfig
+CONFIGS: dict[str, type[ArchConfig]] = {
+    kind: config for config in GUESTS for kind in config.layer_kinds if kind in RECURRENT
+}
 # What a stack and the mixers in it have in common
 SHARED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
 SHARED += ("norm_eps", "max_position_embeddings", "initializer_range", "hidden_dropout", "attention_dropout")

@@ -8,18 +8,21 @@ from ...layers.mixer import Mixer
 from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
 from ...skeleton.heads import CausalLM
 from ...skeleton.laboratory import Laboratory
+from ..h3.modeling_h3 import ArchH3Model
+from ..hyena.modeling_hyena import ArchHyenaModel
 from ..retnet.modeling_retnet import ArchRetNetModel
+from ..s4.modeling_s4 import ArchS4Model
 from ..s6.modeling_s6 import ArchS6Model
 from ..ssd.modeling_ssd import ArchSSDModel
-from .configuration_hybrid import ArchHybridConfig
+from .configuration_hybrid import CONFIGS, ArchHybridConfig
+
+GUESTS = ArchRetNetModel, ArchS4Model, ArchH3Model, ArchS6Model, ArchSSDModel, ArchHyenaModel
+MIXERS = {kind: mixer for model in GUESTS for kind, mixer in model.mixers.items() if kind in CONFIGS}
 
 
 def guest(kind: str, mixer: type[Mixer]) -> Callable[[ArchHybridConfig, int], Mixer]:
     """A mixer of another architecture, built from a config of that architecture."""
     return lambda config, layer_idx: mixer(config.of_mixer(kind), layer_idx)
-
-
-MIXERS = ArchRetNetModel.mixers | ArchS6Model.mixers | ArchSSDModel.mixers
 
 
 class ArchHybridModel(Laboratory):
