@@ -16,6 +16,8 @@ NOT_KEPT: dict[tuple[str, str], str] = {
     ("retnet", "test_model_rope_scaling_from_config*"): "RetNet scales no rotations: its config refuses to",
     ("transformer", "test_output_router_logits_from_config"): "No feed-forward is sparse: there are no routers to ask",
     ("retnet", "test_output_router_logits_from_config"): "No feed-forward is sparse: there are no routers to ask",
+    ("s4", "test_output_router_logits_from_config"): "No feed-forward is sparse: there are no routers to ask",
+    ("h3", "test_output_router_logits_from_config"): "No feed-forward is sparse: there are no routers to ask",
     ("s6", "test_output_router_logits_from_config"): "No feed-forward is sparse: there are no routers to ask",
     ("ssd", "test_output_router_logits_from_config"): "No feed-forward is sparse: there are no routers to ask",
     ("encoder_decoder", "test_model_rope_scaling_from_config*"): "T5's bias tells positions: nothing is rotated",
