@@ -105,7 +105,7 @@ def in_rows(x: torch.Tensor, size: int, found: Aligned | None) -> torch.Tensor:
 
 def in_text(rows: torch.Tensor, batch: int, length: int, found: Aligned | None) -> torch.Tensor:
     """The inverse of `in_rows`."""
-    tokens = rows.flatten(1).T.contiguous()  # what follows reads it by tokens
+    tokens = rows.flatten(1).T
     if found is None:
         return tokens.unflatten(0, (batch, -1))[:, :length]
     empty = tokens.new_zeros(batch * length, tokens.shape[1])

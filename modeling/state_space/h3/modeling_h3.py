@@ -83,7 +83,7 @@ class H3(Mixer):
         output, state = self.state_space(pairs.flatten(2, 3), attention_mask, memory)
         if memory is not None:
             memory.write(hidden_states.shape[1], **shifted, **state)
-        output = (output.reshape(pairs.shape) * query[:, :, :, None]).sum(2)
+        output = (output.contiguous().view_as(pairs) * query[:, :, :, None]).sum(2)
         return self.o_proj(output.flatten(-2))
 
 
