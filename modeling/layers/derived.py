@@ -29,8 +29,8 @@ class Derived(nn.Module):
                 return make()  # they count no changes
             state = tuple((parameter.data_ptr(), parameter._version, parameter.dtype) for parameter in parameters)
             if name not in self.made or self.made[name][0] != state:
-                with torch.inference_mode(False), torch.no_grad():
-                    self.made[name] = state, make()
+                with torch.inference_mode(False), torch.no_grad():  # the parameters too: no other takes their place
+                    self.made[name] = state, make(), parameters
         return self.made[name][1]
 
     def train(self, mode: bool = True):

@@ -68,7 +68,7 @@ def chunk_convolution(x, weight, bias=None, *, documents=None, initial_state=Non
         initial_state = F.pad(initial_state.transpose(1, 2), (size - before, 0)).unflatten(-1, (-1, 2))
     told = {"documents": documents, "initial_state": initial_state, "output_final_state": output_final_state}
     y, state = apply_chunks(x, chunks, **told)
-    y = y if bias is None else y + bias
+    y = y.contiguous() if bias is None else y + bias
     return y, None if state is None else state.flatten(-2)[..., size - before :].transpose(1, 2).to(x.dtype)
 
 

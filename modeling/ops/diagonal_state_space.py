@@ -120,7 +120,7 @@ def product(coarse: torch.Tensor, fine: torch.Tensor) -> torch.Tensor:
 
 def powers(base: torch.Tensor, count: int) -> torch.Tensor:
     """base^0 ... base^(count - 1) [channels, count, states]"""
-    found = [torch.ones_like(base)]
-    for _ in range(count - 1):
-        found.append(found[-1] * base)
-    return torch.stack(found, dim=1)
+    found = torch.stack((torch.ones_like(base), base), dim=1)
+    while found.shape[1] < count:
+        found = torch.cat((found, found * (found[:, -1] * base)[:, None]), dim=1)
+    return found[:, :count]

@@ -29,7 +29,7 @@ class ShiftStateSpace(ShortConvolution):
         init.copy_(self.weight, torch.cat((weight[:, :-1], weight[:, -1:] + torch.randn(channels, 1)), dim=1))
 
 
-def in_rows(form: Callable) -> Callable:
+def copies_as_rows(form: Callable) -> Callable:
     """A form of a state space for x [batch, length, copies, channels], each copy of a text as a row of its own."""
 
     def call(x, *matrices, documents=None, initial_state=None, **options):
@@ -49,7 +49,7 @@ class CopiedStateSpace(DiagonalStateSpace):
     def forward(self, x, documents, memory):
         """x [batch, length, copies, channels]"""
         tensors = (x, *self.derive("matrices", self.matrices))
-        forms = in_rows(self.step), in_rows(self.in_chunks)
+        forms = copies_as_rows(self.step), copies_as_rows(self.in_chunks)
         return carry_on(forms, memory, self.name, tensors, documents=documents)
 
 
@@ -83,7 +83,7 @@ class H3(Mixer):
         output, state = self.state_space(pairs.flatten(2, 3), attention_mask, memory)
         if memory is not None:
             memory.write(hidden_states.shape[1], **shifted, **state)
-        output = (output.reshape(pairs.shape) * query[:, :, :, None]).sum(2)
+        output = (output.contiguous().view_as(pairs) * query[:, :, :, None]).sum(2)
         return self.o_proj(output.flatten(-2))
 
 
