@@ -14,7 +14,6 @@ multiplication: van der Hoeven, 2002, "Relax, but don't be too lazy"). The sizes
 and with them the transforms of a kernel, which may be kept: `KernelTransform`.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -85,21 +84,22 @@ def fast_length(least: int) -> int:
 
 
 class CausalConvolution(torch.autograd.Function):
-    """`causal_blocks` of x [channels, rows, length] and kernel [channels, taps]. For backward it keeps these and the
-    tensors of a transform that was ready, and makes one anew that was not: it is larger than they are."""
+    """`causal_blocks` of x [channels, rows, length] and kernel [channels, taps], with the tensors of the kernel's
+    transform. For backward it keeps no more than these."""
 
     @staticmethod
     def forward(ctx, x, kernel, *ready):
-        ctx.save_for_backward(x, kernel, *ready)
-        return causal_blocks(x, transform_of(x, kernel, ready))
+        transform = KernelTransform(ready[0], ready[1:]) if ready else transform_kernel(kernel, x.shape[-1])
+        ctx.save_for_backward(x, kernel, transform.within, *transform.across)
+        return causal_blocks(x, transform)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        x, kernel, *ready = ctx.saved_tensors
+        x, kernel, within, *across = ctx.saved_tensors
         of_x = of_kernel = None
         if ctx.needs_input_grad[0]:
-            of_x = causal_blocks(gradient.flip(-1), transform_of(x, kernel, ready)).flip(-1)
+            of_x = causal_blocks(gradient.flip(-1), KernelTransform(within, tuple(across))).flip(-1)
         if ctx.needs_input_grad[1] and not x.numel():  # a batch of padding alone
             of_kernel = torch.zeros_like(kernel)
         elif ctx.needs_input_grad[1]:
@@ -107,11 +107,7 @@ class CausalConvolution(torch.autograd.Function):
             seen, wanted = (torch.fft.rfft(each, n=size) for each in (x, gradient))
             taps = torch.fft.irfft((seen.conj() * wanted).sum(1), n=size)[:, : x.shape[-1]]
             of_kernel = F.pad(taps, (0, kernel.shape[1] - taps.shape[1]))  # it also cuts
-        return of_x, of_kernel, *(None for _ in ready)
-
-
-def transform_of(x: torch.Tensor, kernel: torch.Tensor, ready: Sequence[torch.Tensor]) -> KernelTransform:
-    return KernelTransform(ready[0], tuple(ready[1:])) if ready else transform_kernel(kernel, x.shape[-1])
+        return of_x, of_kernel, *(None for _ in ctx.needs_input_grad[2:])
 
 
 def both_ways(x: torch.Tensor, kernel: torch.Tensor, future: torch.Tensor) -> torch.Tensor:
