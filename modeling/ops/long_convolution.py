@@ -84,28 +84,31 @@ def fast_length(least: int) -> int:
 
 
 class CausalConvolution(torch.autograd.Function):
-    """`causal_blocks` of x [channels, rows, length] and kernel [channels, taps], with the tensors of the kernel's
-    transform. For backward it keeps no more than these."""
+    """`causal_blocks` of x [channels, rows, length] and kernel [channels, taps], which keeps these alone for backward.
+    A gradient need not be causal to the last bit: there, whole texts are transformed."""
 
     @staticmethod
     def forward(ctx, x, kernel, *ready):
-        transform = KernelTransform(ready[0], ready[1:]) if ready else transform_kernel(kernel, x.shape[-1])
-        ctx.save_for_backward(x, kernel, transform.within, *transform.across)
-        return causal_blocks(x, transform)
+        ctx.save_for_backward(x, kernel)
+        return causal_blocks(
+            x, KernelTransform(ready[0], ready[1:]) if ready else transform_kernel(kernel, x.shape[-1])
+        )
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        x, kernel, within, *across = ctx.saved_tensors
-        of_x = of_kernel = None
+        x, kernel = ctx.saved_tensors
+        if not x.numel():  # a batch of padding alone
+            return x, torch.zeros_like(kernel), *(None for _ in ctx.needs_input_grad[2:])
+        length, of_x, of_kernel = x.shape[-1], None, None
+        size = fast_length(2 * length)
+        wanted = torch.fft.rfft(gradient, n=size)
         if ctx.needs_input_grad[0]:
-            of_x = causal_blocks(gradient.flip(-1), KernelTransform(within, tuple(across))).flip(-1)
-        if ctx.needs_input_grad[1] and not x.numel():  # a batch of padding alone
-            of_kernel = torch.zeros_like(kernel)
-        elif ctx.needs_input_grad[1]:
-            size = fast_length(2 * x.shape[-1])
-            seen, wanted = (torch.fft.rfft(each, n=size) for each in (x, gradient))
-            taps = torch.fft.irfft((seen.conj() * wanted).sum(1), n=size)[:, : x.shape[-1]]
+            spread = torch.fft.rfft(kernel[:, :length], n=size).conj()[:, None]
+            of_x = torch.fft.irfft(wanted * spread, n=size)[..., :length]
+        if ctx.needs_input_grad[1]:
+            seen = torch.fft.rfft(x, n=size).conj()
+            taps = torch.fft.irfft((wanted * seen).sum(1), n=size)[:, :length]
             of_kernel = F.pad(taps, (0, kernel.shape[1] - taps.shape[1]))  # it also cuts
         return of_x, of_kernel, *(None for _ in ctx.needs_input_grad[2:])
 
