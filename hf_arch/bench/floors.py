@@ -23,6 +23,7 @@ from hf_arch.modeling.layers.mixer import Mixer
 from hf_arch.modeling.layers.state_space import DiagonalStateSpace
 from hf_arch.modeling.skeleton.backbone import Backbone
 from hf_arch.modeling.state_space.h3.modeling_h3 import H3
+from hf_arch.modeling.state_space.hyena.modeling_hyena import Hyena, ModalHyena
 from hf_arch.modeling.state_space.retnet.modeling_retnet import MultiScaleRetention
 from hf_arch.modeling.state_space.s4.modeling_s4 import S4D
 from hf_arch.modeling.state_space.s6.modeling_s6 import S6
@@ -185,6 +186,26 @@ def s4(module: S4D, span: Span) -> Cost:
     """A gelu of what the state space answers, a sigmoid in the gate."""
     smooth = Cost(exponentials=span.tokens * module.out_proj.out_features)
     return projections(module, span) + cost(module.state_space, span) + smooth
+
+
+@cost.register
+def hyena(module: Hyena, span: Span) -> Cost:
+    """Filters are kept, and Fourier transforms of twice the text taken to be as quick as matrix products: 2.5 n log2 n
+    operations each, two for a convolution. A step reads the history and the filter."""
+    channels = module.out_proj.in_features * (module.order - 1)
+    size = 2 * span.tokens
+    transforms = 2 * 2.5 * size * math.log2(size) + 3 * size if span.tokens > 1 else 0
+    read = 2 * span.before * channels if span.tokens == 1 else 0
+    return projections(module, span) + Cost(operations=transforms * channels + read, numbers=read)
+
+
+@cost.register
+def modal_hyena(module: ModalHyena, span: Span) -> Cost:
+    """As a chunked recurrence: a Toeplitz product in a chunk, a complex number per wave into it and out of it."""
+    channels = module.out_proj.in_features * (module.order - 1)
+    states = 2 * channels * module.filter.turn.shape[1]
+    within = 2 * min(CHUNK, span.tokens) * channels if span.tokens > 1 else 0
+    return projections(module, span) + Cost(operations=span.tokens * (4 * states + within), numbers=2 * states)
 
 
 def projections(module: nn.Module, span: Span) -> Cost:

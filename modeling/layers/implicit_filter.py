@@ -100,8 +100,8 @@ class ImplicitFilter(nn.Module):
             frequency = self.frequency.to(wide)
             for projection in (self.embed_proj, self.first_proj, self.second_proj):
                 hidden = torch.sin(frequency * projection(hidden))
-            kernel = self.tap_proj(hidden).T * (self.decay(time) + self.shift)
-            kernel = kernel + F.pad(self.bias.to(wide)[:, None], (0, taps - 1))
+            kernel = self.tap_proj(hidden) * (self.decay(time) + self.shift)
+            kernel = torch.cat((kernel[:1] + self.bias.to(wide), kernel[1:])).T.contiguous()
         return list(kernel.unflatten(0, (self.count, -1)))
 
     def time_features(self, taps: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,7 +114,7 @@ class ImplicitFilter(nn.Module):
         return time, torch.cat((time[:, None], angle.cos(), -angle.sin()), dim=-1)
 
     def decay(self, time: torch.Tensor) -> torch.Tensor:
-        """[channels, taps] from 1 on, at rates that are even between those of the slowest and the fastest channel."""
+        """[taps, channels] from 1 on, at rates that are even between those of the slowest and the fastest channel."""
         slowest, fastest = (-math.log(FADED) / at for at in (SLOWEST, FASTEST))
         rates = torch.linspace(slowest, fastest, len(self.bias), dtype=time.dtype, device=time.device)
-        return torch.exp(-rates[:, None] * time)
+        return torch.exp(-rates * time[:, None])

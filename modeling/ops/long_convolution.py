@@ -14,7 +14,6 @@ multiplication: van der Hoeven, 2002, "Relax, but don't be too lazy"). The sizes
 and with them the transforms of a kernel, which may be kept: `KernelTransform`.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -85,33 +84,33 @@ def fast_length(least: int) -> int:
 
 
 class CausalConvolution(torch.autograd.Function):
-    """`causal_blocks` of x [channels, rows, length] and kernel [channels, taps]. For backward it keeps these and the
-    tensors of a transform that was ready, and makes one anew that was not: it is larger than they are."""
+    """`causal_blocks` of x [channels, rows, length] and kernel [channels, taps], which keeps these alone for backward.
+    A gradient need not be causal to the last bit: there, whole texts are transformed."""
 
     @staticmethod
     def forward(ctx, x, kernel, *ready):
-        ctx.save_for_backward(x, kernel, *ready)
-        return causal_blocks(x, transform_of(x, kernel, ready))
+        ctx.save_for_backward(x, kernel)
+        return causal_blocks(
+            x, KernelTransform(ready[0], ready[1:]) if ready else transform_kernel(kernel, x.shape[-1])
+        )
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        x, kernel, *ready = ctx.saved_tensors
-        of_x = of_kernel = None
+        x, kernel = ctx.saved_tensors
+        if not x.numel():  # a batch of padding alone
+            return x, torch.zeros_like(kernel), *(None for _ in ctx.needs_input_grad[2:])
+        length, of_x, of_kernel = x.shape[-1], None, None
+        size = fast_length(2 * length)
+        wanted = torch.fft.rfft(gradient, n=size)
         if ctx.needs_input_grad[0]:
-            of_x = causal_blocks(gradient.flip(-1), transform_of(x, kernel, ready)).flip(-1)
-        if ctx.needs_input_grad[1] and not x.numel():  # a batch of padding alone
-            of_kernel = torch.zeros_like(kernel)
-        elif ctx.needs_input_grad[1]:
-            size = fast_length(2 * x.shape[-1])
-            seen, wanted = (torch.fft.rfft(each, n=size) for each in (x, gradient))
-            taps = torch.fft.irfft((seen.conj() * wanted).sum(1), n=size)[:, : x.shape[-1]]
+            spread = torch.fft.rfft(kernel[:, :length], n=size).conj()[:, None]
+            of_x = torch.fft.irfft(wanted * spread, n=size)[..., :length]
+        if ctx.needs_input_grad[1]:
+            seen = torch.fft.rfft(x, n=size).conj()
+            taps = torch.fft.irfft((wanted * seen).sum(1), n=size)[:, :length]
             of_kernel = F.pad(taps, (0, kernel.shape[1] - taps.shape[1]))  # it also cuts
-        return of_x, of_kernel, *(None for _ in ready)
-
-
-def transform_of(x: torch.Tensor, kernel: torch.Tensor, ready: Sequence[torch.Tensor]) -> KernelTransform:
-    return KernelTransform(ready[0], tuple(ready[1:])) if ready else transform_kernel(kernel, x.shape[-1])
+        return of_x, of_kernel, *(None for _ in ctx.needs_input_grad[2:])
 
 
 def both_ways(x: torch.Tensor, kernel: torch.Tensor, future: torch.Tensor) -> torch.Tensor:
@@ -161,12 +160,13 @@ def long_convolution(
     found = None if documents is None else find_documents(documents)
     rows = x if found is None else found.unpack(x)
     with torch.autocast(x.device.type, enabled=False):
-        row, k = rows.permute(2, 0, 1).to(wide).contiguous(), kernel.to(wide)
+        # Of two dimensions, a transposed copy is quick
+        row, k = rows.flatten(0, 1).T.contiguous().to(wide).unflatten(1, rows.shape[:2]), kernel.to(wide)
         if future is not None:
             y = both_ways(row, k, future.to(wide))
         else:
             y = CausalConvolution.apply(row, k, *(() if transform is None else (transform.within, *transform.across)))
-    y = y.permute(1, 2, 0).to(x.dtype)
+    y = y.flatten(1).to(x.dtype).T.contiguous().view_as(rows)
     y = y if found is None else found.repack(y, *x.shape[:2])
     return y[:, x.shape[1] - length :], last_read(x, documents, kernel.shape[1] - 1) if output_final_state else None
 
