@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from hf_arch.modeling.ops.convolution import causal_convolution, recurrent_convolution
 from hf_arch.modeling.ops.decayed_attention import chunk_decayed_attention, recurrent_decayed_attention
+from hf_arch.modeling.ops.delta_rule import chunk_delta_rule, recurrent_delta_rule
 from hf_arch.modeling.ops.retention import chunk_retention, recurrent_retention
 from hf_arch.modeling.ops.selective_scan import chunk_selective_scan, recurrent_selective_scan
 
@@ -27,6 +28,7 @@ class Op:
     state: tuple[int, ...]
     fixed: dict[int, tuple[int, ...]] = field(default_factory=dict)  # place -> shape, of those that are no sequences
     signs: dict[int, int] = field(default_factory=dict)  # of the tensors that are nowhere negative, or positive
+    small: tuple[int, ...] = ()  # the tensors that a state is multiplied by, so that it stays bounded
     decays: int | None = None  # the tensor of which a larger number forgets faster
 
     def tensors(self, length: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
@@ -35,6 +37,7 @@ class Op:
         for place, shape in self.fixed.items():
             shapes.insert(place, shape)
         made = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        made = [0.2 * x if n in self.small else x for n, x in enumerate(made)]
         return [(self.signs[n] * x.abs() if n in self.signs else x).to(dtype) for n, x in enumerate(made)]
 
     def cut(self, tensors: list[torch.Tensor], part: slice) -> list[torch.Tensor]:
@@ -50,6 +53,15 @@ OPS = {
         (6, 8, 5),
         signs={3: -1},
         decays=3,
+    ),
+    "delta_rule": Op(
+        recurrent_delta_rule,
+        chunk_delta_rule,
+        ((3, 8), (3, 8), (3, 8), (3, 5), (3, 8), (3, 8)),
+        (3, 8, 5),
+        signs={1: -1},
+        small=(4, 5),
+        decays=1,
     ),
     "selective_scan": Op(
         recurrent_selective_scan,
