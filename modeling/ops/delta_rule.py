@@ -18,9 +18,9 @@ from transformers.utils.import_utils import is_tracing
 
 from .dispatch import accelerated
 from .documents import document_runs
-from .fading import in_chunks, linked
+from .fading import chunked, linked
 
-CHUNK = 64
+CHUNK = 32
 RANGE = 60.0  # how far apart the logarithms of two factors may be whose product float32 can hold
 
 
@@ -50,92 +50,126 @@ def recurrent_delta_rule(
 def chunk_delta_rule(
     query, log_decay, key, value, a, b, *, documents=None, initial_state=None, output_final_state=False
 ):
-    """The same answer in parallel. With u_t = a_t state_(t-1) and S the state before a chunk, all of the chunk is linear:
-    u = into_a S + A_ak value + A_ab u, where A_xy compares x with what y brought in before, and into_x is x as far as S is
-    left. One triangular system gives u = W S + U, the state after the chunk is then a matrix times S and something added,
-    and only that goes from chunk to chunk."""
+    """The same answer in parallel. With u_t = a_t state_(t-1), and S the state before a chunk, u of the chunk solves
+
+        u = into_a S + A_k value + A_b u,
+
+    where A_x compares a with what x brought in before, and into_a is a of which that is left which S is. So u = W S + U,
+    and what is left of S, key^T value and b^T u are the state after the chunk: only that goes from chunk to chunk.
+    """
     length, wide = query.shape[1], torch.promote_types(query.dtype, torch.float32)
     size = min(CHUNK, 1 << (length - 1).bit_length())
     with torch.autocast(query.device.type, enabled=False):
+        document = None
         if documents is not None:
             real, document = document_runs(documents, query)
             log_decay, value, b = (x * real[..., None, None] for x in (log_decay, value, b))
-        left, v = (in_chunks(x.to(wide), size) for x in (log_decay, value))
-        left = left.cumsum(-2)
-        last = left[..., -1:, :]
-        rows, columns = (torch.stack([in_chunks(x.to(wide), size) for x in pair], 3) for pair in ((query, a), (key, b)))
-        scores = compared(rows, columns, left, direct_size(log_decay, size))
-        within, into, out_of, across = earlier(size, left), faded(left.exp()), (last - left).exp(), last.exp()
-        if documents is not None:
-            links = linked(document, size)
-            within, into = within * links.within.repeat(1, 1, 1, 1, 2)[:, :, :, None], into * links.into[:, :, :, None]
-            out_of, across = out_of * links.out_of, across * links.into[..., -1:, :]
-        scores, rows, columns = scores.mul_(within), rows * into, columns * out_of[:, :, :, None]
-        (into_query, into_a), (k, b) = rows.unbind(3), columns.unbind(3)
-        of_query, of_a = scores.unbind(3)  # [..., size, 2 * size], with values and with u
-        system = torch.cat((into_a, of_a[..., :size] @ v), dim=-1)
-        system = torch.linalg.solve_triangular(-of_a[..., size:], system, upper=False, unitriangular=True)
-        W, U = system.split((left.shape[-1], v.shape[-1]), dim=-1)
-        across = torch.diag_embed(across.squeeze(-2)) + b.mT @ W
-        before, state = carry_through(across, b.mT @ U + k.mT @ v, initial_state)
-        output = into_query @ before + of_query @ torch.cat((v, U + W @ before), dim=-2)
+        sums = F.pad(chunked(log_decay.to(wide), size), (0, 0, 1, 0)).cumsum(-2)  # one more: before the first step
+        q, k, v, a, b = (chunked(x.to(wide), size) for x in (query, key, value, a, b))
+        rows, columns, scores, scales = within_chunks((q, a), (k, b), sums, direct_size(log_decay, size))
+        rows, columns, scores, scales = cut((rows, columns, scores, scales), document, size)
+        (query_k, query_b, a_k, a_b), v = scores, v.contiguous()
+        solved = torch.linalg.solve_triangular(-a_b, eye_like(a_b), upper=False, unitriangular=True)
+        W, U = solved @ rows[1], solved @ a_k @ v
+        before, u, state = carry_through(W, U, columns[0].mT @ v, columns[1].mT, scales, initial_state)
+        output = rows[0] @ before + query_k @ v + query_b @ u
         output = output.transpose(2, 3).flatten(1, 2)[:, :length]
     return output.to(value.dtype), state if output_final_state else None
 
 
-def compared(rows: torch.Tensor, columns: torch.Tensor, left: torch.Tensor, direct: int) -> torch.Tensor:
-    """Products [..., 2, size, 2 * size] of rows (the queries, a) and columns (the keys, b), both [..., 2, size, key_dim], of
-    which a row sees what is left of a column: exp(left_i - left_j) with query i and column j, exp(left_(i-1) - left_j)
-    with a_i. `left` [..., size, key_dim] is the sum of log decays up to a step. Whatever lies above the diagonal means
-    nothing, but is finite.
+def within_chunks(rows, columns, sums, direct: int) -> tuple[tuple, tuple, list, tuple]:
+    """What the chunk is made of, from rows (queries, a) and columns (keys, b) [..., size, key_dim] and the sums of log
+    decays [..., size + 1, key_dim] before each step and after the last.
 
-    No factor is large: `direct` steps are measured from the middle between their ends, and of more steps the two halves by
-    themselves, then the second against the first, from the border between them.
+    Rows scaled to meet a state and columns scaled to be added to one; their scores; and the scales of states: of one
+    that rows meet, of one that goes on, and of what columns add to it.
     """
-    size = rows.shape[-2]
+    start, end = sums[..., :1, :], sums[..., -1:, :]
+    if sums.shape[-2] - 1 <= direct:  # the scores compare rows and columns as they are scaled for states
+        into = out_of = end / 2
+        rows, columns = seen_from(rows, sums, into), seen_to(columns, sums, out_of)
+        scores = against(rows, columns)
+    else:
+        scores, into, out_of = compared(rows, columns, sums, direct), start, end
+        rows, columns = seen_from(rows, sums, into), seen_to(columns, sums, out_of)
+    seen = torch.ones_like(scores[0][(0,) * (scores[0].ndim - 2)]).tril()
+    scores = [score * mask for score, mask in zip(scores, (seen, seen, seen.tril(-1), seen.tril(-1)), strict=True)]
+    return rows, columns, scores, tuple(x.exp().mT for x in (into, end, end - out_of))
+
+
+def compared(rows, columns, sums, direct: int) -> list[torch.Tensor]:
+    """Every row against every column, [..., size, size] each: products in which exp(sum of the log decays between) is left
+    of a column. What lies above the diagonal means nothing, but is finite.
+
+    No factor is large: up to `direct` steps are measured from the middle of all their decay. Of more steps the halves are
+    compared by themselves, and the second with the first, measured from the border between them.
+    """
+    size = sums.shape[-2] - 1
+    if size == 1:
+        return against(rows, columns)  # nothing lies between
     if size <= direct:
-        middle = (left[..., :1, :] + left[..., -1:, :]) / 2
-        rows, columns = rows * faded((left - middle).exp()), columns * (middle - left).exp()[..., None, :, :]
-        return (rows.flatten(-3, -2) @ columns.flatten(-3, -2).mT).unflatten(-2, (2, size))
+        middle = (sums[..., :1, :] + sums[..., -1:, :]) / 2
+        return against(seen_from(rows, sums, middle), seen_to(columns, sums, middle))
     half = size // 2
-    border = left[..., half - 1 : half, :]
-    second = rows[..., half:, :] * faded((left[..., half:, :] - border).exp())
-    first = columns[..., :half, :] * (border - left[..., :half, :]).exp()[..., None, :, :]
-    across = (second.flatten(-3, -2) @ first.flatten(-3, -2).mT).view(*second.shape[:-1], 2, half)
-    halves = [x.unflatten(-2, (2, half)) for x in (rows, columns, left)]
-    halves[:2] = (x.transpose(-4, -3) for x in halves[:2])
-    own = compared(*halves, direct).unflatten(-1, (2, half))  # [..., halves, 2, half, 2, half]
-    upper, lower = own.unbind(-5)
-    whole = torch.cat((F.pad(upper, (0, half)), torch.cat((across, lower), dim=-1)), dim=-3)
-    return whole.flatten(-2)
+    border = sums[..., half : half + 1, :]
+    second = seen_from([x[..., half:, :] for x in rows], sums[..., half:, :], border)
+    first = seen_to([x[..., :half, :] for x in columns], sums[..., : half + 1, :], border)
+    halves = ([x.unflatten(-2, (2, half)) for x in vectors] for vectors in (rows, columns))
+    own = compared(*halves, sums.unfold(-2, half + 1, half).mT, direct)
+    return [
+        torch.cat((F.pad(mine[..., 0, :, :], (0, half)), torch.cat((across, mine[..., 1, :, :]), dim=-1)), dim=-2)
+        for mine, across in zip(own, against(second, first), strict=True)
+    ]
 
 
-def faded(factor: torch.Tensor) -> torch.Tensor:
-    """[..., size, key_dim] of what is left at each step -> [..., 2, size, key_dim]: for a query, which comes after its step,
-    and for a, which comes before it."""
-    return torch.stack((factor, F.pad(factor[..., :-1, :], (0, 0, 1, 0), value=1.0)), dim=-3)
+def against(rows, columns) -> list[torch.Tensor]:
+    return [row @ column.mT for row in rows for column in columns]
+
+
+def seen_from(rows, sums, origin) -> tuple[torch.Tensor, torch.Tensor]:
+    """(queries, a), as far as what is at `origin` is left at them: a query comes after its step, a before."""
+    left = (sums - origin).exp()
+    return left[..., 1:, :] * rows[0], left[..., :-1, :] * rows[1]
+
+
+def seen_to(columns, sums, origin) -> list[torch.Tensor]:
+    """(keys, b), as far as they are left at `origin`."""
+    left = (origin - sums[..., 1:, :]).exp()
+    return [left * column for column in columns]
+
+
+def cut(parts: tuple, document: torch.Tensor | None, size: int) -> tuple:
+    """The parts of `within_chunks`, where nothing goes from one document into another."""
+    if document is None:
+        return parts
+    (rows, columns, scores, (into, across, added)), links = parts, linked(document, size)
+    rows, columns = ([x * mask for x in vectors] for vectors, mask in ((rows, links.into), (columns, links.out_of)))
+    return rows, columns, [x * links.within for x in scores], (into, across * links.into[..., -1:, :], added)
 
 
 def direct_size(log_decay: torch.Tensor, size: int) -> int:
-    """How many steps may be compared at once: all where memory fades as slowly as in RWKV-7, and one where it would take
-    tracing to know."""
+    """How many steps may be compared at once: a chunk where memory fades as slowly as in RWKV-7, and one where it would
+    take tracing to know."""
     steepest = RANGE if is_tracing(log_decay) else -float(log_decay.detach().amin())
-    while size > 1 and (size - 1) * steepest > RANGE:
+    while size > 1 and size * steepest > RANGE:
         size //= 2
     return size
 
 
-def earlier(size: int, like: torch.Tensor) -> torch.Tensor:
-    """[2, size, 2 * size]: a query sees its own step and those before, a those before."""
-    seen = like.new_ones(size, size).tril()
-    return torch.stack((seen, seen.tril(-1))).repeat(1, 1, 2)
+def eye_like(matrices: torch.Tensor) -> torch.Tensor:
+    return torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device).expand_as(matrices)
 
 
-def carry_through(across: torch.Tensor, added: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    """The recurrence between chunks, state = across @ state + added: the states [batch, chunks, heads, key_dim, value_dim] at
-    the starts of the chunks, and the one at the end."""
-    state, before = torch.zeros_like(added[:, 0]) if state is None else state.to(added.dtype), []
-    for matrix, more in zip(across.unbind(1), added.unbind(1), strict=True):
-        before.append(state)
-        state = torch.baddbmm(more.flatten(0, 1), matrix.flatten(0, 1), state.flatten(0, 1)).view_as(state)
-    return torch.stack(before, dim=1), state
+def carry_through(W, U, added, b, scales, state) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The recurrence between chunks: the states that the chunks meet [batch, chunks, heads, key_dim, value_dim], the u of
+    their steps, and the state at the end."""
+    if state is None:
+        state = torch.zeros_like(added[:, 0])
+    met, answers = [], []
+    for w, own, brought, back, (into, across, scale) in zip(
+        *(x.unbind(1) for x in (W, U, added, b)), zip(*(x.unbind(1) for x in scales), strict=True), strict=True
+    ):
+        met.append(into * state)
+        answers.append(own + w @ met[-1])
+        state = across * state + scale * (brought + back @ answers[-1])
+    return torch.stack(met, dim=1), torch.stack(answers, dim=1), state

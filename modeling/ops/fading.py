@@ -54,11 +54,16 @@ def linked(document: torch.Tensor, chunk_size: int) -> Links:
     return Links(document == document.mT, document == carried, document == document[..., -1:, :])
 
 
-def in_chunks(x: torch.Tensor, size: int) -> torch.Tensor:
-    """[batch, length, heads, dim] -> [batch, chunks, heads, size, dim], zero past the end."""
+def chunked(x: torch.Tensor, size: int) -> torch.Tensor:
+    """[batch, length, heads, dim] -> [batch, chunks, heads, size, dim], zero past the end; a view where it can be."""
     if pad := -x.shape[1] % size:
         x = F.pad(x, (0, 0, 0, 0, 0, pad))
-    return x.unflatten(1, (-1, size)).transpose(2, 3).contiguous()
+    return x.unflatten(1, (-1, size)).transpose(2, 3)
+
+
+def in_chunks(x: torch.Tensor, size: int) -> torch.Tensor:
+    """The same, laid out anew."""
+    return chunked(x, size).contiguous()
 
 
 def carry(added: torch.Tensor, across: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
