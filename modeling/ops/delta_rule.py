@@ -60,46 +60,74 @@ def chunk_delta_rule(
     length, wide = query.shape[1], torch.promote_types(query.dtype, torch.float32)
     size = min(CHUNK, 1 << (length - 1).bit_length())
     with torch.autocast(query.device.type, enabled=False):
-        document = None
         if documents is not None:
             real, document = document_runs(documents, query)
             log_decay, value, b = (x * real[..., None, None] for x in (log_decay, value, b))
-        sums = F.pad(chunked(log_decay.to(wide), size), (0, 0, 1, 0)).cumsum(-2)  # one more: before the first step
-        q, k, v, a, b = (chunked(x.to(wide), size) for x in (query, key, value, a, b))
-        rows, columns, scores, scales = within_chunks((q, a), (k, b), sums, direct_size(log_decay, size))
-        rows, columns, scores, scales = cut((rows, columns, scores, scales), document, size)
-        (query_k, query_b, a_k, a_b), v = scores, v.contiguous()
-        solved = torch.linalg.solve_triangular(-a_b, eye_like(a_b), upper=False, unitriangular=True)
-        W, U = solved @ rows[1], solved @ a_k @ v
-        before, u, state = carry_through(W, U, columns[0].mT @ v, columns[1].mT, scales, initial_state)
-        output = rows[0] @ before + query_k @ v + query_b @ u
-        output = output.transpose(2, 3).flatten(1, 2)[:, :length]
+        direct = direct_size(log_decay, size)
+        # [chunks, batch, heads, size, dim], one more of the sums: before the first step
+        decays, v, q, k, a, b = (chunks_first(x.to(wide), size) for x in (log_decay, value, query, key, a, b))
+        sums, v = ones_below(size + 1, size, decays) @ decays, v.contiguous()
+        scores = compared((q, a), (k, b), sums, direct)
+        for score, diagonal in zip(scores, (0, 0, -1, -1), strict=True):
+            score.tril_(diagonal)
+        last = sums[..., -1:, :]
+        into, out_of, across = seen_from((q, a), sums), seen_to((k, b), sums, last), last.exp()
+        if documents is not None:
+            links = [mask.transpose(0, 1) for mask in linked(document, size)]
+            scores = [score * links[0] for score in scores]
+            into, out_of, across = [x * links[1] for x in into], [x * links[2] for x in out_of], across * links[1][..., -1:, :]
+        query_k, query_b, a_k, a_b = scores
+        identity = torch.eye(size, dtype=wide, device=v.device).expand_as(a_b)
+        solved = torch.linalg.solve_triangular(-a_b, identity, upper=False, unitriangular=True)
+        W, U, added = solved @ into[1], solved @ (a_k @ v), out_of[0].mT @ v
+        if initial_state is None:
+            initial_state = torch.zeros_like(added[0])
+        before, u, state = CarryThrough.apply(W, U, across.mT, added, out_of[1], initial_state.to(wide))
+        output = into[0] @ before + query_k @ v + query_b @ u
+        output = output.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length]
     return output.to(value.dtype), state if output_final_state else None
 
 
-def within_chunks(rows, columns, sums, direct: int) -> tuple[tuple, tuple, list, tuple]:
-    """What the chunk is made of, from rows (queries, a) and columns (keys, b) [..., size, key_dim] and the sums of log
-    decays [..., size + 1, key_dim] before each step and after the last.
+class CarryThrough(torch.autograd.Function):
+    """The recurrence between chunks, u = W S + U and S = across * S + added + b^T u: the states before the chunks, the u of
+    their steps, and the state at the end.
 
-    Rows scaled to meet a state and columns scaled to be added to one; their scores; and the scales of states: of one
-    that rows meet, of one that goes on, and of what columns add to it.
+    W, b [chunks, batch, heads, size, key_dim], U [..., size, value_dim], across [..., key_dim, 1], added [..., key_dim,
+    value_dim]. Here and not by autograd, since backward goes through the chunks likewise, with products of all chunks at
+    once for the rest.
     """
-    start, end = sums[..., :1, :], sums[..., -1:, :]
-    if sums.shape[-2] - 1 <= direct:  # the scores compare rows and columns as they are scaled for states
-        into = out_of = end / 2
-        rows, columns = seen_from(rows, sums, into), seen_to(columns, sums, out_of)
-        scores = against(rows, columns)
-    else:
-        scores, into, out_of = compared(rows, columns, sums, direct), start, end
-        rows, columns = seen_from(rows, sums, into), seen_to(columns, sums, out_of)
-    seen = torch.ones_like(scores[0][(0,) * (scores[0].ndim - 2)]).tril()
-    scores = [score * mask for score, mask in zip(scores, (seen, seen, seen.tril(-1), seen.tril(-1)), strict=True)]
-    return rows, columns, scores, tuple(x.exp().mT for x in (into, end, end - out_of))
+
+    @staticmethod
+    def forward(ctx, W, U, across, added, b, state):
+        before, answers = torch.empty_like(added), torch.empty_like(U)
+        flat = [x.flatten(1, 2) for x in (W, U, across, added, b, before, answers)]
+        state = state.flatten(0, 1)
+        for w, own, left, more, back, here, u in zip(*flat, strict=True):
+            here.copy_(state)
+            torch.baddbmm(own, w, state, out=u)
+            state = torch.addcmul(more, left, state).baddbmm_(back.mT, u)
+        ctx.save_for_backward(W, across, b, before, answers)
+        return before, answers, state.view_as(added[0])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, of_before, of_answers, of_state):
+        W, across, b, before, answers = ctx.saved_tensors
+        of_added, of_u = torch.empty_like(before), torch.empty_like(answers)
+        flat = [x.flatten(1, 2) for x in (W, across, b, of_before, of_answers, of_added, of_u)]
+        grad = of_state.flatten(0, 1)
+        for w, left, back, met, answer, more, u in zip(*(reversed(x.unbind(0)) for x in flat), strict=True):
+            more.copy_(grad)
+            torch.baddbmm(answer, back, grad, out=u)
+            grad = torch.addcmul(met, left, grad).baddbmm_(w.mT, u)
+        of_across = (of_added * before).sum(-1, keepdim=True)
+        return of_u @ before.mT, of_u, of_across, of_added, answers @ of_added.mT, grad.view_as(before[0])
 
 
 def compared(rows, columns, sums, direct: int) -> list[torch.Tensor]:
-    """Every row against every column, [..., size, size] each: products in which exp(sum of the log decays between) is left
-    of a column. What lies above the diagonal means nothing, but is finite.
+    """Every row (queries, a) against every column (keys, b) [..., size, key_dim]: products [..., size, size], in which
+    exp(the sum of the log decays between) is left of a column. `sums` [..., size + 1, key_dim] are those of the log decays
+    before each step and after the last. What lies above the diagonal means nothing, but is finite.
 
     No factor is large: up to `direct` steps are measured from the middle of all their decay. Of more steps the halves are
     compared by themselves, and the second with the first, measured from the border between them.
@@ -109,10 +137,10 @@ def compared(rows, columns, sums, direct: int) -> list[torch.Tensor]:
         return against(rows, columns)  # nothing lies between
     if size <= direct:
         middle = (sums[..., :1, :] + sums[..., -1:, :]) / 2
-        return against(seen_from(rows, sums, middle), seen_to(columns, sums, middle))
+        return against(seen_from(rows, sums - middle), seen_to(columns, sums, middle))
     half = size // 2
     border = sums[..., half : half + 1, :]
-    second = seen_from([x[..., half:, :] for x in rows], sums[..., half:, :], border)
+    second = seen_from([x[..., half:, :] for x in rows], sums[..., half:, :] - border)
     first = seen_to([x[..., :half, :] for x in columns], sums[..., : half + 1, :], border)
     halves = ([x.unflatten(-2, (2, half)) for x in vectors] for vectors in (rows, columns))
     own = compared(*halves, sums.unfold(-2, half + 1, half).mT, direct)
@@ -126,25 +154,16 @@ def against(rows, columns) -> list[torch.Tensor]:
     return [row @ column.mT for row in rows for column in columns]
 
 
-def seen_from(rows, sums, origin) -> tuple[torch.Tensor, torch.Tensor]:
-    """(queries, a), as far as what is at `origin` is left at them: a query comes after its step, a before."""
-    left = (sums - origin).exp()
+def seen_from(rows, sums) -> tuple[torch.Tensor, torch.Tensor]:
+    """(queries, a), as far as what is where the sums are 0 is left at them: a query comes after its step, a before."""
+    left = sums.exp()
     return left[..., 1:, :] * rows[0], left[..., :-1, :] * rows[1]
 
 
-def seen_to(columns, sums, origin) -> list[torch.Tensor]:
-    """(keys, b), as far as they are left at `origin`."""
-    left = (origin - sums[..., 1:, :]).exp()
+def seen_to(columns, sums, place) -> list[torch.Tensor]:
+    """(keys, b), as far as they are left where the sum is `place`."""
+    left = (place - sums[..., 1:, :]).exp()
     return [left * column for column in columns]
-
-
-def cut(parts: tuple, document: torch.Tensor | None, size: int) -> tuple:
-    """The parts of `within_chunks`, where nothing goes from one document into another."""
-    if document is None:
-        return parts
-    (rows, columns, scores, (into, across, added)), links = parts, linked(document, size)
-    rows, columns = ([x * mask for x in vectors] for vectors, mask in ((rows, links.into), (columns, links.out_of)))
-    return rows, columns, [x * links.within for x in scores], (into, across * links.into[..., -1:, :], added)
 
 
 def direct_size(log_decay: torch.Tensor, size: int) -> int:
@@ -156,20 +175,11 @@ def direct_size(log_decay: torch.Tensor, size: int) -> int:
     return size
 
 
-def eye_like(matrices: torch.Tensor) -> torch.Tensor:
-    return torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device).expand_as(matrices)
+def ones_below(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
+    """[rows, columns] that add up what is before each row."""
+    return like.new_ones(rows, columns).tril(-1)
 
 
-def carry_through(W, U, added, b, scales, state) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The recurrence between chunks: the states that the chunks meet [batch, chunks, heads, key_dim, value_dim], the u of
-    their steps, and the state at the end."""
-    if state is None:
-        state = torch.zeros_like(added[:, 0])
-    met, answers = [], []
-    for w, own, brought, back, (into, across, scale) in zip(
-        *(x.unbind(1) for x in (W, U, added, b)), zip(*(x.unbind(1) for x in scales), strict=True), strict=True
-    ):
-        met.append(into * state)
-        answers.append(own + w @ met[-1])
-        state = across * state + scale * (brought + back @ answers[-1])
-    return torch.stack(met, dim=1), torch.stack(answers, dim=1), state
+def chunks_first(x: torch.Tensor, size: int) -> torch.Tensor:
+    """[batch, length, heads, dim] -> [chunks, batch, heads, size, dim]."""
+    return chunked(x, size).transpose(0, 1)
