@@ -133,6 +133,15 @@ ARCHITECTURES = (
         tiny={"state_size": 8, "n_groups": 2, "feed_forward_types": ["none", "gated"]},
     ),
     Architecture(
+        "rwkv7",
+        "ArchRWKV7",
+        family="state_space",
+        title="RWKV-7 (Goose)",
+        paper="arXiv:2503.14456",
+        lora_targets=("r_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        tiny={f"{name}_low_rank_dim": 6 for name in ("decay", "a", "v", "gate")},
+    ),
+    Architecture(
         "mixtral",
         "ArchMixtral",
         family="moe",

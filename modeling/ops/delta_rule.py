@@ -75,7 +75,11 @@ def chunk_delta_rule(
         if documents is not None:
             links = [mask.transpose(0, 1) for mask in linked(document, size)]
             scores = [score * links[0] for score in scores]
-            into, out_of, across = [x * links[1] for x in into], [x * links[2] for x in out_of], across * links[1][..., -1:, :]
+            into, out_of, across = (
+                [x * links[1] for x in into],
+                [x * links[2] for x in out_of],
+                across * links[1][..., -1:, :],
+            )
         query_k, query_b, a_k, a_b = scores
         identity = torch.eye(size, dtype=wide, device=v.device).expand_as(a_b)
         solved = torch.linalg.solve_triangular(-a_b, identity, upper=False, unitriangular=True)
