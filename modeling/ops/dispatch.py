@@ -10,9 +10,7 @@ import torch
 from .documents import find_documents
 
 
-def accelerated(
-    kernel: str, adapt: Callable | None = None, packs: bool = True
-) -> Callable[[Callable], Callable]:
+def accelerated(kernel: str, adapt: Callable | None = None, packs: bool = True) -> Callable[[Callable], Callable]:
     """Hand a call to `kernel` ("package.module:function") when its tensors are on a GPU and the package is there.
 
     The decorated torch function is the definition: tensors [batch, length, ...] positional, options keyword-only and
