@@ -133,6 +133,14 @@ ARCHITECTURES = (
         tiny={"state_size": 8, "n_groups": 2, "feed_forward_types": ["none", "gated"]},
     ),
     Architecture(
+        "rwkv",
+        "ArchRWKV",
+        family="state_space",
+        title="RWKV",
+        paper="arXiv:2305.13048",
+        lora_targets=("receptance", "key", "value", "output", "gate_proj", "up_proj", "down_proj"),
+    ),
+    Architecture(
         "rwkv7",
         "ArchRWKV7",
         family="state_space",

@@ -85,8 +85,10 @@ class Case:
         model = self.row.load(self.head)(self.config(**overrides)).eval()
         with torch.no_grad():
             for parameter in model.parameters():
-                if parameter.ndim == 1 or not parameter.any():  # norms, biases, and what begins with zeros
+                if parameter.ndim == 1:  # norms and biases: neither ones nor zeros
                     parameter.add_(0.3 * torch.randn_like(parameter))
+                elif parameter.std() < 0.01:  # a matrix that begins at nothing
+                    parameter.normal_(std=model.config.initializer_range)
         return model.to(dtype)
 
     def decoder(self, **options) -> nn.Module:
@@ -194,7 +196,7 @@ def some_tokens(batch: int = 2, length: int = LENGTH, seed: int = 1) -> torch.Te
 def sums(past_key_values) -> list[torch.Tensor]:
     """The states that add up what was read. Those of convolutions and shifts hold copies of it, in its own type."""
     named = [item for layer in cache_layers_of(past_key_values) for item in getattr(layer, "states", {}).items()]
-    return [state for name, state in named if name != "convolution" and not name.endswith("shift")]
+    return [state for name, state in named if not name.endswith(("convolution", "shift"))]
 
 
 def inputs_and_labels(case: Case, model: nn.Module) -> dict[str, torch.Tensor]:

@@ -16,6 +16,8 @@ from hf_arch.modeling.ops.decayed_attention import chunk_decayed_attention, recu
 from hf_arch.modeling.ops.delta_rule import chunk_delta_rule, recurrent_delta_rule
 from hf_arch.modeling.ops.retention import chunk_retention, recurrent_retention
 from hf_arch.modeling.ops.selective_scan import chunk_selective_scan, recurrent_selective_scan
+from hf_arch.modeling.ops.token_shift import recurrent_token_shift, token_shift
+from hf_arch.modeling.ops.wkv import chunk_wkv, recurrent_wkv
 
 BATCH = 2
 
@@ -72,6 +74,8 @@ OPS = {
         signs={1: 1, 2: -1},
         decays=2,
     ),
+    "wkv": Op(recurrent_wkv, chunk_wkv, ((6,), (6,)), (3, 6), fixed={2: (6,), 3: (6,)}, signs={2: -1}, decays=2),
+    "token_shift": Op(recurrent_token_shift, token_shift, ((6,),), (6,)),
     "convolution": Op(recurrent_convolution, causal_convolution, ((6,),), (3, 6), fixed={1: (6, 4), 2: (6,)}),
 }
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())

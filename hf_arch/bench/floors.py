@@ -22,6 +22,7 @@ from hf_arch.modeling.layers.feed_forward import MLP
 from hf_arch.modeling.layers.mixer import Mixer
 from hf_arch.modeling.skeleton.backbone import Backbone
 from hf_arch.modeling.state_space.retnet.modeling_retnet import MultiScaleRetention
+from hf_arch.modeling.state_space.rwkv.rwkv4 import RWKV4ChannelMixing, RWKV4TimeMixing
 from hf_arch.modeling.state_space.s6.modeling_s6 import S6
 from hf_arch.modeling.state_space.ssd.modeling_ssd import SSD
 
@@ -158,6 +159,18 @@ def s6(module: S6, span: Span) -> Cost:
     return projections(module, span) + Cost(
         operations=2 * span.tokens * states, exponentials=span.tokens * (states + 3 * inner), numbers=2 * states
     )
+
+
+@cost.register
+def rwkv4(module: RWKV4TimeMixing, span: Span) -> Cost:
+    """A gate, and two weights for each token: one in what is read, one in its own output."""
+    inner = module.time_decay.numel()
+    return projections(module, span) + Cost(exponentials=3 * span.tokens * inner, numbers=6 * inner)
+
+
+@cost.register
+def channel_mixing(module: RWKV4ChannelMixing, span: Span) -> Cost:
+    return projections(module, span) + Cost(exponentials=span.tokens * module.receptance.out_features)
 
 
 def projections(module: nn.Module, span: Span) -> Cost:
