@@ -64,7 +64,7 @@ def convert(
     """
     row = find(architecture)
     folder = local_folder(source)
-    fields = read_fields(folder)
+    fields = read_fields(folder) or fields_by_sizes(row, folder)
     conversion = conversion_for(row, fields, folder)
     head = head or conversion.head_of(fields)
     model_class = row.load(head)
@@ -129,13 +129,13 @@ def local_folder(source: str | Path) -> Path:
     return folder
 
 
-def read_fields(folder: Path) -> dict:
-    """config.json, of a checkpoint that can be of interest."""
+def read_fields(folder: Path) -> dict | None:
+    """config.json, of a checkpoint that can be of interest; None where there is none."""
     path = folder / CONFIG_NAME
     if not path.exists():
         if (folder / ADAPTER_CONFIG_NAME).exists():
             raise ValueError(f"{folder} holds an adapter: merge it into its base with the original's library first.")
-        raise FileNotFoundError(f"{folder} has no {CONFIG_NAME}, which says how large the model is.")
+        return None
     try:
         fields = json.loads(path.read_text())
     except ValueError as error:
@@ -161,6 +161,16 @@ def conversion_for(row: Architecture, fields: dict, folder: Path) -> Conversion:
     known = {each.name: ", ".join(c.model_type for c in conversions(each)) for each in ARCHITECTURES}
     table = "; ".join(f"{name} from {types}" for name, types in known.items() if types)
     raise ValueError(f"{folder} holds a {found!r} checkpoint, which cannot become {row.name!r}. What can: {table}.")
+
+
+def fields_by_sizes(row: Architecture, folder: Path) -> dict:
+    """What the tensors say, for originals that come without a config.json."""
+    if any(each.sizes for each in conversions(row)):
+        tensors = read_weights(folder)
+        for fields in (each.sizes(tensors) for each in conversions(row) if each.sizes):
+            if fields is not None:
+                return fields
+    raise FileNotFoundError(f"{folder} has no {CONFIG_NAME}, which says how large the model is.")
 
 
 def weight_files(folder: Path) -> list[Path]:

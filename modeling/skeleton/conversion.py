@@ -76,6 +76,7 @@ class Conversion:
     config: the fields of their config.json -> those of ours; raises ValueError for what ours cannot be.
     choices: fields of ours that the original leaves open, which `config` also takes by their names.
     rules: the first that matches a tensor's name holds.
+    sizes: (tensors) -> the fields, of an original without a config.json; None for tensors of another original.
     prepare: (tensors, fields) -> tensors, where names differ by age, or a tensor is shared or absent by design.
     stacks: matrices of experts that are one tensor in ours, put together before the rules.
     original: (folder, fields, tensors, head) -> the original's own model, a callable on ids that answers with logits or
@@ -88,6 +89,7 @@ class Conversion:
     rules: tuple[Rule, ...]
     default_head: str = "Model"
     mark: str | None = None
+    sizes: Callable[[Tensors], Fields | None] | None = None
     choices: tuple[str, ...] = ()
     prepare: Callable[[Tensors, Fields], Tensors] = lambda tensors, fields: tensors
     stacks: tuple[Stack, ...] = ()

@@ -18,13 +18,12 @@ class ArchRWKV7Config(ArchConfig):
         layer's values are mixed in, and what of the answer passes. By default multiples of 32 that grow with the square
         root of `hidden_size`, as the authors suggest.
     feed_forward_types (`list[str]`, *optional*):
-        `"channel_mixing"` by default, a dense feed-forward that also sees the token before.
+        `"rwkv7_channel_mixing"` by default: a dense feed-forward that also sees the token before.
     """
 
     model_type = "hf_arch_rwkv7"
-    base_model_tp_plan = {"layers.*.feed_forward.up_proj": "colwise", "layers.*.feed_forward.down_proj": "rowwise"}
     layer_kinds = ("rwkv7",)
-    feed_forward_kinds = ("channel_mixing", *ArchConfig.feed_forward_kinds)
+    feed_forward_kinds = ("rwkv7_channel_mixing", *ArchConfig.feed_forward_kinds)
 
     num_attention_heads: int = 32
     intermediate_size: int = 8192

@@ -205,7 +205,7 @@ def begin_spread(weight: torch.Tensor, gain: float) -> None:
 class ArchRWKV7Model(Backbone):
     config: ArchRWKV7Config
     mixers = {"rwkv7": RWKV7TimeMixing}
-    feed_forwards = Backbone.feed_forwards | {"channel_mixing": RWKV7ChannelMixing}
+    feed_forwards = Backbone.feed_forwards | {"rwkv7_channel_mixing": RWKV7ChannelMixing}
     residual = ValueResidual
     norm_class = nn.LayerNorm
     _can_record_outputs = Backbone._can_record_outputs | {"hidden_states": OutputRecorder(HiddenStates)}
