@@ -63,38 +63,40 @@ def chunk_delta_rule(
         if documents is not None:
             real, document = document_runs(documents, query)
             log_decay, value, b = (x * real[..., None, None] for x in (log_decay, value, b))
-        direct = direct_size(log_decay, size)
         # [chunks, batch, heads, size, dim], one more of the sums: before the first step
         decays, v, q, k, a, b = (chunks_first(x.to(wide), size) for x in (log_decay, value, query, key, a, b))
         sums, v = ones_below(size + 1, size, decays) @ decays, v.contiguous()
-        scores = compared((q, a), (k, b), sums, direct)
+        last = sums[..., -1:, :]
+        into, across = seen_from((q, a), sums), last.exp()
+        direct = direct_size(log_decay, size)
+        if size <= direct:
+            out_of = seen_to((k, b), sums, 0)
+            scores, out_of = against(into, out_of), [x * across for x in out_of]
+        else:
+            scores, out_of = compared((q, a), (k, b), sums, direct), seen_to((k, b), sums, last)
         for score, diagonal in zip(scores, (0, 0, -1, -1), strict=True):
             score.tril_(diagonal)
-        last = sums[..., -1:, :]
-        into, out_of, across = seen_from((q, a), sums), seen_to((k, b), sums, last), last.exp()
         if documents is not None:
-            links = [mask.transpose(0, 1) for mask in linked(document, size)]
-            scores = [score * links[0] for score in scores]
-            into, out_of, across = (
-                [x * links[1] for x in into],
-                [x * links[2] for x in out_of],
-                across * links[1][..., -1:, :],
-            )
+            within, entering, leaving = (mask.transpose(0, 1) for mask in linked(document, size))
+            scores, across = [score * within for score in scores], across * entering[..., -1:, :]
+            into, out_of = [x * entering for x in into], [x * leaving for x in out_of]
         query_k, query_b, a_k, a_b = scores
         identity = torch.eye(size, dtype=wide, device=v.device).expand_as(a_b)
         solved = torch.linalg.solve_triangular(-a_b, identity, upper=False, unitriangular=True)
         W, U, added = solved @ into[1], solved @ (a_k @ v), out_of[0].mT @ v
         if initial_state is None:
             initial_state = torch.zeros_like(added[0])
-        before, u, state = CarryThrough.apply(W, U, across.mT, added, out_of[1], initial_state.to(wide))
-        output = into[0] @ before + query_k @ v + query_b @ u
+        states, u = CarryThrough.apply(W, U, across.mT, added, out_of[1], initial_state.to(wide))
+        before, state = states.split((len(added), 1))
+        output = (into[0] @ before).flatten(0, 2).baddbmm_(query_k.flatten(0, 2), v.flatten(0, 2))
+        output = output.baddbmm_(query_b.flatten(0, 2), u.flatten(0, 2)).view_as(v)
         output = output.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length]
-    return output.to(value.dtype), state if output_final_state else None
+    return output.to(value.dtype), state[0] if output_final_state else None
 
 
 class CarryThrough(torch.autograd.Function):
-    """The recurrence between chunks, u = W S + U and S = across * S + added + b^T u: the states before the chunks, the u of
-    their steps, and the state at the end.
+    """The recurrence between chunks, u = W S + U and S = across * S + added + b^T u: the states before each chunk and after
+    the last, and the u of all steps.
 
     W, b [chunks, batch, heads, size, key_dim], U [..., size, value_dim], across [..., key_dim, 1], added [..., key_dim,
     value_dim]. Here and not by autograd, since backward goes through the chunks likewise, with products of all chunks at
@@ -103,29 +105,28 @@ class CarryThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, W, U, across, added, b, state):
-        before, answers = torch.empty_like(added), torch.empty_like(U)
-        flat = [x.flatten(1, 2) for x in (W, U, across, added, b, before, answers)]
-        state = state.flatten(0, 1)
-        for w, own, left, more, back, here, u in zip(*flat, strict=True):
-            here.copy_(state)
-            torch.baddbmm(own, w, state, out=u)
-            state = torch.addcmul(more, left, state).baddbmm_(back.mT, u)
-        ctx.save_for_backward(W, across, b, before, answers)
-        return before, answers, state.view_as(added[0])
+        states = added.new_empty(len(added) + 1, *added.shape[1:])
+        states[0], answers = state, U.new_empty(U.shape)
+        flat = [x.flatten(1, 2) for x in (W, U, across, added, b, answers, states[:-1], states[1:])]
+        for w, own, left, more, back, u, before, after in zip(*(x.unbind(0) for x in flat), strict=True):
+            torch.baddbmm(own, w, before, out=u)
+            torch.addcmul(more, left, before, out=after).baddbmm_(back.mT, u)
+        ctx.save_for_backward(W, across, b, states, answers)
+        return states, answers
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, of_before, of_answers, of_state):
-        W, across, b, before, answers = ctx.saved_tensors
-        of_added, of_u = torch.empty_like(before), torch.empty_like(answers)
-        flat = [x.flatten(1, 2) for x in (W, across, b, of_before, of_answers, of_added, of_u)]
-        grad = of_state.flatten(0, 1)
-        for w, left, back, met, answer, more, u in zip(*(reversed(x.unbind(0)) for x in flat), strict=True):
-            more.copy_(grad)
-            torch.baddbmm(answer, back, grad, out=u)
-            grad = torch.addcmul(met, left, grad).baddbmm_(w.mT, u)
+    def backward(ctx, of_states, of_answers):
+        W, across, b, states, answers = ctx.saved_tensors
+        grads, of_u = states.new_empty(states.shape), answers.new_empty(answers.shape)
+        grads[-1], before = of_states[-1], states[:-1]
+        flat = [x.flatten(1, 2) for x in (W, across, b, of_states[:-1], of_answers, of_u, grads[1:], grads[:-1])]
+        for w, left, back, met, answer, u, after, grad in zip(*(reversed(x.unbind(0)) for x in flat), strict=True):
+            torch.baddbmm(answer, back, after, out=u)
+            torch.addcmul(met, left, after, out=grad).baddbmm_(w.mT, u)
+        of_added = grads[1:]
         of_across = (of_added * before).sum(-1, keepdim=True)
-        return of_u @ before.mT, of_u, of_across, of_added, answers @ of_added.mT, grad.view_as(before[0])
+        return of_u @ before.mT, of_u, of_across, of_added, answers @ of_added.mT, grads[0]
 
 
 def compared(rows, columns, sums, direct: int) -> list[torch.Tensor]:
@@ -133,15 +134,15 @@ def compared(rows, columns, sums, direct: int) -> list[torch.Tensor]:
     exp(the sum of the log decays between) is left of a column. `sums` [..., size + 1, key_dim] are those of the log decays
     before each step and after the last. What lies above the diagonal means nothing, but is finite.
 
-    No factor is large: up to `direct` steps are measured from the middle of all their decay. Of more steps the halves are
-    compared by themselves, and the second with the first, measured from the border between them.
+    No factor is large: up to `direct` steps are measured from their start. Of more steps the halves are compared by
+    themselves, and the second with the first, measured from the border between them.
     """
     size = sums.shape[-2] - 1
     if size == 1:
         return against(rows, columns)  # nothing lies between
     if size <= direct:
-        middle = (sums[..., :1, :] + sums[..., -1:, :]) / 2
-        return against(seen_from(rows, sums - middle), seen_to(columns, sums, middle))
+        start = sums[..., :1, :]
+        return against(seen_from(rows, sums - start), seen_to(columns, sums, start))
     half = size // 2
     border = sums[..., half : half + 1, :]
     second = seen_from([x[..., half:, :] for x in rows], sums[..., half:, :] - border)

@@ -27,7 +27,6 @@ class ArchRWKV7Config(ArchConfig):
 
     num_attention_heads: int = 32
     intermediate_size: int = 8192
-    hidden_act: str = "relu2"
     norm_eps: float = 1e-5
     embedding_norm: bool = True
     decay_low_rank_dim: int | None = None

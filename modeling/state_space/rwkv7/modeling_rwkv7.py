@@ -9,7 +9,6 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.utils.output_capturing import OutputRecorder
 
-from ...layers.feed_forward import MLP
 from ...layers.mixer import Mixer, carry_on
 from ...layers.record import HiddenStates
 from ...layers.residual import PreNorm
@@ -131,13 +130,15 @@ class RWKV7TimeMixing(Mixer):
     ) -> torch.Tensor:
         memory = self.memory(past_key_values, layer_idx)
         before, shifted = self.shift(hidden_states, attention_mask, memory)
-        of_r, of_w, of_k, of_v, of_a, of_g = torch.addcmul(
-            hidden_states, before - hidden_states, self.mix[:, None, None].to(hidden_states.dtype)
-        )
-        query, key, value = self.r_proj(of_r), self.k_proj(of_k), self.value(of_v, first_values)
+        back, mix = before - hidden_states, dict(zip("rwkvag", self.mix.to(hidden_states.dtype), strict=True))
+
+        def mixed(name):
+            return torch.addcmul(hidden_states, back, mix[name])
+
+        query, key, value = self.r_proj(mixed("r")), self.k_proj(mixed("k")), self.value(mixed("v"), first_values)
         wide = torch.promote_types(query.dtype, torch.float32)
-        log_decay = -FASTEST * self.w(of_w).to(wide).sigmoid()
-        rate = self.a(of_a).sigmoid()
+        log_decay = -FASTEST * self.w(mixed("w")).to(wide).sigmoid()
+        rate, gate = self.a(mixed("a")).sigmoid(), self.g(mixed("g"))
         removed = F.normalize(self.heads(key * self.k_k), dim=-1)
         key = key * (1 + (rate - 1) * self.k_a)
 
@@ -150,7 +151,7 @@ class RWKV7TimeMixing(Mixer):
 
         output = self.head_norm(output.flatten(0, 1).flatten(1)).view(hidden_states.shape)
         own = (query * key * self.r_k).sum(-1, keepdim=True) * value
-        return self.o_proj((output + own.flatten(-2)) * self.g(of_g))
+        return self.o_proj((output + own.flatten(-2)) * gate)
 
     def heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (self.num_heads, -1))
@@ -166,14 +167,16 @@ class RWKV7TimeMixing(Mixer):
         return torch.lerp(value, first.values.to(value.dtype), self.v(mixed).sigmoid())
 
 
-class RWKV7ChannelMixing(MLP):
+class RWKV7ChannelMixing(nn.Module):
     """down(relu(up(x))^2), of a mixture of each token and the one before (section 4.2)."""
 
     def __init__(self, config: ArchRWKV7Config, layer_idx: int):
-        super().__init__(config, layer_idx)
+        super().__init__()
         self.depth = layer_idx / config.num_hidden_layers
         self.shift = TokenShift("channel_shift")
         self.mix = nn.Parameter(torch.empty(config.hidden_size))
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def init_parameters(self, std: float) -> None:
         """As in the authors' code."""
@@ -194,7 +197,9 @@ class RWKV7ChannelMixing(MLP):
         before, shifted = self.shift(hidden_states, attention_mask, memory)
         if memory is not None:
             memory.write(0, **shifted)
-        return super().forward(torch.lerp(hidden_states, before, self.mix.to(hidden_states.dtype)))
+        inner = self.up_proj(torch.lerp(hidden_states, before, self.mix.to(hidden_states.dtype))).relu_()
+        # Backward needs what was squared; without it the square takes its place
+        return self.down_proj(inner.square() if inner.requires_grad else inner.square_())
 
 
 def begin_spread(weight: torch.Tensor, gain: float) -> None:
