@@ -130,28 +130,29 @@ class RWKV7TimeMixing(Mixer):
     ) -> torch.Tensor:
         memory = self.memory(past_key_values, layer_idx)
         before, shifted = self.shift(hidden_states, attention_mask, memory)
-        back, mix = before - hidden_states, dict(zip("rwkvag", self.mix.to(hidden_states.dtype), strict=True))
+        toward, mix = before - hidden_states, dict(zip("rwkvag", self.mix.to(hidden_states.dtype), strict=True))
 
         def mixed(name):
-            return torch.addcmul(hidden_states, back, mix[name])
+            return torch.addcmul(hidden_states, toward, mix[name])
 
         query, key, value = self.r_proj(mixed("r")), self.k_proj(mixed("k")), self.value(mixed("v"), first_values)
         wide = torch.promote_types(query.dtype, torch.float32)
         log_decay = -FASTEST * self.w(mixed("w")).to(wide).sigmoid()
         rate, gate = self.a(mixed("a")).sigmoid(), self.g(mixed("g"))
-        removed = F.normalize(self.heads(key * self.k_k), dim=-1)
-        key = key * (1 + (rate - 1) * self.k_a)
+        removal = F.normalize(self.heads(key * -self.k_k), dim=-1)
+        key = key * torch.addcmul(1 - self.k_a, rate, self.k_a)
 
         query, log_decay, key, value, rate = map(self.heads, (query, log_decay, key, value, rate))
-        tensors = query, log_decay, key, value, -removed, removed * rate
+        back = torch.addcmul(removal.new_zeros(()), removal, rate, value=-1.0)
+        tensors = query, log_decay, key, value, removal, back
         forms = recurrent_delta_rule, chunk_delta_rule
         output, state = carry_on(forms, memory, "state", tensors, documents=attention_mask)
         if memory is not None:
             memory.write(hidden_states.shape[1], **shifted, **state)
 
-        output = self.head_norm(output.flatten(0, 1).flatten(1)).view(hidden_states.shape)
-        own = (query * key * self.r_k).sum(-1, keepdim=True) * value
-        return self.o_proj((output + own.flatten(-2)) * gate)
+        output = self.heads(self.head_norm(output.flatten(0, 1).flatten(1)).view(hidden_states.shape))
+        output = torch.addcmul(output, (query * key * self.r_k).sum(-1, keepdim=True), value)
+        return self.o_proj(output.flatten(-2) * gate)
 
     def heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (self.num_heads, -1))
