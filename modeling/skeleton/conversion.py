@@ -75,6 +75,8 @@ class Conversion:
     heads: our head for each class that `architectures` may name; `default_head` where it names none.
     config: the fields of their config.json -> those of ours; raises ValueError for what ours cannot be.
     choices: fields of ours that the original leaves open, which `config` also takes by their names.
+    describe: of originals without a config.json: the fields, `model_type` among them, that the tensors tell; {} where
+        they are of another model.
     rules: the first that matches a tensor's name holds.
     prepare: (tensors, fields) -> tensors, where names differ by age, or a tensor is shared or absent by design.
     stacks: matrices of experts that are one tensor in ours, put together before the rules.
@@ -89,6 +91,7 @@ class Conversion:
     default_head: str = "Model"
     mark: str | None = None
     choices: tuple[str, ...] = ()
+    describe: Callable[[Tensors], Fields] | None = None
     prepare: Callable[[Tensors, Fields], Tensors] = lambda tensors, fields: tensors
     stacks: tuple[Stack, ...] = ()
     original: Callable[[Path, Fields, Tensors, str], Callable] | None = None
