@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
@@ -36,6 +36,7 @@ from hf_arch.export import TOKENIZER_FILES
 from hf_arch.modeling.skeleton.conversion import Conversion
 from hf_arch.publish import staged
 
+SUFFIXES = (".safetensors", ".pt", ".pth")
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 TORCH_FILES = ("pytorch_model*", "*.pt", "*.pth")
 TRAINING_STATE = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth")
@@ -54,17 +55,20 @@ def convert(
 ) -> PreTrainedModel:
     """The model in `source`, in the original's layout, as `architecture` of ours, in eval.
 
-    `source` is a folder or a repository of the Hub. `head` ("ForCausalLM", "Model", ...) is by default that of the
-    original. With `output`, the model is also saved there, with the original's tokenizer and generation config. With
-    `verify`, its answers are first compared with those of the original library. `choices` are fields of our config that
-    the original leaves open: a warm start of HAT from BERT takes `segment_lengths`, `layer_types`.
+    `source` is a folder or a repository of the Hub; where the original has no config.json, also a file of weights in
+    either: a path, or user/repository/file. `head` ("ForCausalLM", "Model", ...) is by default that of the original.
+    With `output`, the model is also saved there, with the original's tokenizer and generation config. With `verify`,
+    its answers are first compared with those of the original library. `choices` are fields of our config that the
+    original leaves open: a warm start of HAT from BERT takes `segment_lengths`, `layer_types`.
 
     Raises FileNotFoundError where there is no checkpoint, OSError where it is damaged, ValueError where it is of
     another kind, does not fit, or answers otherwise; ImportError where `verify` misses the original library.
     """
     row = find(architecture)
-    folder = local_folder(source)
-    fields = read_fields(folder) or fields_by_sizes(row, folder)
+    folder = local_checkpoint(source)
+    fields, tensors = read_fields(folder), None
+    if fields is None:
+        fields, tensors = told_by_tensors(row, folder)
     conversion = conversion_for(row, fields, folder)
     head = head or conversion.head_of(fields)
     model_class = row.load(head)
@@ -75,7 +79,7 @@ def convert(
     config.name_or_path = str(source)
     with torch.device("meta"):
         empty = model_class(config)
-    tensors = read_weights(folder)
+    tensors = tensors or read_weights(folder)
     state = conversion.translate(tensors, fields, empty)
     dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
     model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
@@ -101,15 +105,19 @@ def carry_tokenizer(folder: Path, stage: Path, with_class: bool) -> None:
         AutoTokenizer.from_pretrained(folder).save_pretrained(stage)
 
 
-def local_folder(source: str | Path) -> Path:
-    """The folder itself, or what is needed of a repository of the Hub."""
+def local_checkpoint(source: str | Path) -> Path:
+    """The folder or file itself, or what is needed of a repository of the Hub."""
     folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
     if folder.exists():
-        raise NotADirectoryError(f"{source} is a file: give the folder that it lies in, with its {CONFIG_NAME}.")
+        return folder
+    repository, file = str(source), ""
+    if repository.count("/") > 1 and repository.endswith(SUFFIXES):
+        *names, file = repository.split("/", 2)
+        repository = "/".join(names)
     try:
-        validate_repo_id(str(source))
+        validate_repo_id(repository)
+        if file:
+            return Path(hf_hub_download(repository, file))
         chosen = {"ignore_patterns": "*/*"}
         folder = Path(
             snapshot_download(source, allow_patterns=["*.json", *TOKENIZER_FILES, "model*.safetensors"], **chosen)
@@ -151,6 +159,20 @@ def conversions(row: Architecture) -> tuple[Conversion, ...]:
     return importlib.import_module(module).CONVERSIONS if importlib.util.find_spec(module) else ()
 
 
+def told_by_tensors(row: Architecture, folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """What config.json would say, of originals that have none, and the tensors that tell it."""
+    told = [conversion.describe for conversion in conversions(row) if conversion.describe is not None]
+    tensors = read_weights(folder) if told else {}
+    for describe in told:
+        if fields := describe(tensors):
+            return fields, tensors
+    if folder.is_file():
+        raise NotADirectoryError(
+            f"{folder} tells not how large a {row.name} is: give the folder that it lies in, with its {CONFIG_NAME}."
+        )
+    raise FileNotFoundError(f"{folder} has no {CONFIG_NAME}, which says how large the model is.")
+
+
 def conversion_for(row: Architecture, fields: dict, folder: Path) -> Conversion:
     found = fields.get("model_type")
     if found in [each.model_type for each in ARCHITECTURES]:
@@ -163,25 +185,17 @@ def conversion_for(row: Architecture, fields: dict, folder: Path) -> Conversion:
     raise ValueError(f"{folder} holds a {found!r} checkpoint, which cannot become {row.name!r}. What can: {table}.")
 
 
-def fields_by_sizes(row: Architecture, folder: Path) -> dict:
-    """What the tensors say, for originals that come without a config.json."""
-    if any(each.sizes for each in conversions(row)):
-        tensors = read_weights(folder)
-        for fields in (each.sizes(tensors) for each in conversions(row) if each.sizes):
-            if fields is not None:
-                return fields
-    raise FileNotFoundError(f"{folder} has no {CONFIG_NAME}, which says how large the model is.")
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The files that make up one checkpoint: transformers' names first, else the only file that can be one."""
+    if folder.is_file():
+        return [folder]
     for path in (folder / name for name in WEIGHTS):
         if path.exists():
             return shards(path) if path.suffix == ".json" else [path]
-    files = [path for pattern in ("*.safetensors", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))]
+    files = [path for suffix in SUFFIXES for path in sorted(folder.glob(f"*{suffix}"))]
     files = [path for path in files if not any(path.match(name) for name in (*TRAINING_STATE, "adapter_model.*"))]
     if len(files) != 1:
-        found = f"several: {', '.join(path.name for path in files)}; keep one" if files else "none"
+        found = f"several: {', '.join(path.name for path in files)}; keep one, or name it" if files else "none"
         raise FileNotFoundError(f"Looking for weights in {folder} ({', '.join(WEIGHTS)}, or one .pt), found {found}.")
     return files
 

@@ -23,6 +23,7 @@ from hf_arch.modeling.layers.mixer import Mixer
 from hf_arch.modeling.skeleton.backbone import Backbone
 from hf_arch.modeling.state_space.retnet.modeling_retnet import MultiScaleRetention
 from hf_arch.modeling.state_space.rwkv.rwkv4 import RWKV4ChannelMixing, RWKV4TimeMixing
+from hf_arch.modeling.state_space.rwkv7.modeling_rwkv7 import RWKV7ChannelMixing, RWKV7TimeMixing
 from hf_arch.modeling.state_space.s6.modeling_s6 import S6
 from hf_arch.modeling.state_space.ssd.modeling_ssd import SSD
 
@@ -150,6 +151,27 @@ def ssd(module: SSD, span: Span) -> Cost:
         exponentials=span.tokens * (2 * inner + 2 * shared + 2 * module.num_heads),
         numbers=2 * states,
     )
+
+
+@cost.register
+def rwkv7(module: RWKV7TimeMixing, span: Span) -> Cost:
+    """Scores of queries and a with keys and b, of which values and u are made, and a triangular system; exponentials in
+    the decay and its sums, the rates and the low ranks."""
+    size, states = module.k_proj.out_features, module.r_k.numel() * module.r_k.shape[1]
+    within = 2 * min(CHUNK, span.tokens) * 7 * size if span.tokens > 1 else 2 * states
+    low_ranks = [part for part in (module.w, module.a, module.v, module.g) if part is not None]
+    total = sum((projections(part, span) for part in low_ranks), projections(module, span))
+    ranks = module.w.reduce_proj.out_features + module.g.reduce_proj.out_features
+    return total + Cost(
+        operations=span.tokens * (8 * states + within),
+        exponentials=span.tokens * (4 * size + ranks),
+        numbers=2 * states,
+    )
+
+
+@cost.register
+def rwkv7_channel_mixing(module: RWKV7ChannelMixing, span: Span) -> Cost:
+    return projections(module, span)
 
 
 @cost.register

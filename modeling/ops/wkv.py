@@ -152,6 +152,27 @@ def scan_rows(log_decay, rows, values_and_means, means, weight, backwards: bool)
     return [mean[:, last] for mean in means], weight[:, last]
 
 
+@torch.library.custom_op("hf_arch::wkv_scan", mutates_args=())
+def wkv_scan(
+    log_weight: torch.Tensor,
+    values: list[torch.Tensor],
+    log_decay: torch.Tensor,
+    reset: torch.Tensor | None,
+    means: list[torch.Tensor],
+    weight: torch.Tensor,
+    size: int,
+    backwards: bool,
+) -> list[torch.Tensor]:
+    """`scan_means` as one node of a compiled graph, which would hold thousands, and take minutes to make, otherwise."""
+    before, log_before, means, weight = scan_means(log_weight, values, log_decay, reset, means, weight, size, backwards)
+    return [*before, log_before, *means, weight]
+
+
+@wkv_scan.register_fake
+def wkv_scan_shapes(log_weight, values, log_decay, reset, means, weight, size, backwards):
+    return [torch.empty_like(tensor) for tensor in (*values, log_weight, *means, weight)]
+
+
 class WKV(torch.autograd.Function):
     """(output, the mean and the weight in the end). With D_t the sum of weights in out_t, and grad_t its gradient, what
     a token passes back to those before it are sums that fade like the state,
@@ -164,7 +185,7 @@ class WKV(torch.autograd.Function):
     def forward(ctx, key, value, log_decay, bonus, reset, fade, mean, weight, chunk_size):
         ctx.size = chunk_size or math.isqrt(key.shape[1])
         decay = log_decay if fade is None else fade * log_decay
-        (before,), log_before, (last,), log_last = scan_means(key, [value], decay, reset, [mean], weight, ctx.size)
+        before, log_before, last, log_last = wkv_scan(key, [value], decay, reset, [mean], weight, ctx.size, False)
         ctx.save_for_backward(
             key, value, log_decay, bonus, reset, fade, mean, weight, before, log_before, last, log_last
         )
@@ -182,7 +203,7 @@ class WKV(torch.autograd.Function):
             grad, log_weight = grad * fade, log_weight.masked_fill_(fade == 0, NOTHING)
             after = torch.cat((reset[:, 1:], torch.zeros_like(reset[:, :1])), dim=1)
         start = torch.where(log_last > NOTHING / 2, -log_last, NOTHING)
-        (ahead, ahead_output), log_ahead, first, log_first = scan_means(
+        ahead, ahead_output, log_ahead, first, first_output, log_first = wkv_scan(
             log_weight,
             [grad, grad * output],
             decay,
@@ -190,7 +211,7 @@ class WKV(torch.autograd.Function):
             [grad_last, grad_last * last - grad_log_last],
             start,
             ctx.size,
-            backwards=True,
+            True,
         )
         taken = (key + log_ahead).exp_()
         grad_own = own * grad
@@ -207,7 +228,7 @@ class WKV(torch.autograd.Function):
             grad_own.sum((0, 1)),
             None,
             None,
-            first[0] * kept_first,
-            (first[0] * mean - first[1]) * kept_first,
+            first * kept_first,
+            (first * mean - first_output) * kept_first,
             None,
         )

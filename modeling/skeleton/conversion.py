@@ -75,8 +75,9 @@ class Conversion:
     heads: our head for each class that `architectures` may name; `default_head` where it names none.
     config: the fields of their config.json -> those of ours; raises ValueError for what ours cannot be.
     choices: fields of ours that the original leaves open, which `config` also takes by their names.
+    describe: of originals without a config.json: the fields, `model_type` among them, that the tensors tell; {} where
+        they are of another model.
     rules: the first that matches a tensor's name holds.
-    sizes: (tensors) -> the fields, of an original without a config.json; None for tensors of another original.
     prepare: (tensors, fields) -> tensors, where names differ by age, or a tensor is shared or absent by design.
     stacks: matrices of experts that are one tensor in ours, put together before the rules.
     original: (folder, fields, tensors, head) -> the original's own model, a callable on ids that answers with logits or
@@ -89,8 +90,8 @@ class Conversion:
     rules: tuple[Rule, ...]
     default_head: str = "Model"
     mark: str | None = None
-    sizes: Callable[[Tensors], Fields | None] | None = None
     choices: tuple[str, ...] = ()
+    describe: Callable[[Tensors], Fields] | None = None
     prepare: Callable[[Tensors, Fields], Tensors] = lambda tensors, fields: tensors
     stacks: tuple[Stack, ...] = ()
     original: Callable[[Path, Fields, Tensors, str], Callable] | None = None

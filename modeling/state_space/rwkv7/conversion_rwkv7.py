@@ -1,6 +1,11 @@
 """Checkpoints of RWKV-7: the authors' (BlinkDL/rwkv-7-world, a .pth file without a config.json), and those for
 flash-linear-attention (fla-hub/rwkv7-0.4B-world)."""
 
+import importlib
+import os
+import tempfile
+from pathlib import Path
+
 import torch
 
 from ...skeleton.conversion import Conversion, Fields, Rule, Tensors, require
@@ -10,15 +15,15 @@ MIXES = [f"x_{name}" for name in "rwkvag"]  # in the order of ours
 PROJECTIONS = {"receptance": "r_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj", "ln_x": "head_norm"}
 
 
-def authors_fields(tensors: Tensors) -> Fields | None:
-    """What the shapes of the tensors say."""
+def authors_fields(tensors: Tensors) -> Fields:
+    """The sizes, if these are tensors of an RWKV-7."""
     if "blocks.0.att.r_k" not in tensors:
-        return None
+        return {}
     vocab_size, size = tensors["emb.weight"].shape
     later = tensors.get("blocks.1.att.v1", tensors["blocks.0.att.a1"])  # the first layer mixes no values in
     low_ranks = (tensors["blocks.0.att.w1"], tensors["blocks.0.att.a1"], later, tensors["blocks.0.att.g1"])
     return {
-        "model_type": "rwkv-7-world",
+        "model_type": "RWKV-7 (.pth)",
         "vocab_size": vocab_size,
         "hidden_size": size,
         "intermediate_size": len(tensors["blocks.0.ffn.key.weight"]),
@@ -82,6 +87,22 @@ def fla_config(fields: Fields) -> Fields:
     }
 
 
+def authors_model(folder: Path, fields: Fields, tensors: Tensors, head: str):
+    """The authors' own package, which reads one text at a time."""
+    if os.environ.get("RWKV_V7_ON") != "1":
+        raise ImportError("The package rwkv knows RWKV-7 only where it was told so before: set RWKV_V7_ON=1.")
+    try:
+        package = importlib.import_module("rwkv.model")
+    except ImportError as error:
+        raise ImportError(f"Comparing with the original needs the package rwkv: pip install rwkv ({error}).") from error
+    if head != "ForCausalLM":
+        raise ValueError("The original answers with logits: compare them, with head='ForCausalLM'.")
+    with tempfile.TemporaryDirectory() as written:
+        torch.save(tensors, Path(written, "model.pth"))
+        model = package.RWKV(str(Path(written, "model")), "cpu fp32")
+    return lambda ids: torch.stack([model.forward(text.tolist(), None, full_output=True)[0] for text in ids])
+
+
 def projection(match, config) -> list[str]:
     return [f"model.layers.{match[1]}.mixer.{PROJECTIONS.get(match[2], match[2])}.{match[3]}"]
 
@@ -111,12 +132,13 @@ RULES = (
 
 CONVERSIONS = (
     Conversion(
-        model_type="rwkv-7-world",
+        model_type="RWKV-7 (.pth)",
         config=authors_config,
         heads={},
         default_head="ForCausalLM",
-        sizes=authors_fields,
+        describe=authors_fields,
         prepare=authors_names,
+        original=authors_model,
         rules=RULES,
     ),
     Conversion(
