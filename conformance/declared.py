@@ -18,6 +18,7 @@ NOT_KEPT: dict[tuple[str, str], str] = {
     ("retnet", "test_output_router_logits_from_config"): "No feed-forward is sparse: there are no routers to ask",
     ("s6", "test_output_router_logits_from_config"): "No feed-forward is sparse: there are no routers to ask",
     ("ssd", "test_output_router_logits_from_config"): "No feed-forward is sparse: there are no routers to ask",
+    ("rwkv7", "test_output_router_logits_from_config"): "No feed-forward is sparse: there are no routers to ask",
     ("rwkv", "test_output_router_logits_from_config"): "No feed-forward is sparse: there are no routers to ask",
     ("encoder_decoder", "test_model_rope_scaling_from_config*"): "T5's bias tells positions: nothing is rotated",
     ("encoder_decoder", "test_retain_grad_hidden_states_attentions"): (

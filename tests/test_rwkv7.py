@@ -11,6 +11,7 @@ from transformers import set_seed
 
 from hf_arch import find
 from hf_arch.convert import convert
+from hf_arch.modeling.ops.delta_rule import chunk_delta_rule
 from promises import some_tokens
 
 SIZE, HEADS, LAYERS, INNER, VOCABULARY = 128, 2, 3, 192, 96
@@ -190,8 +191,6 @@ def test_a_new_model_is_the_authors(tmp_path):
 @torch.no_grad()
 def test_what_was_written_at_a_key_can_be_replaced():
     """The delta rule (section 3): with full rate and no decay, the value last written at a key is what is read there."""
-    from hf_arch.modeling.ops.delta_rule import chunk_delta_rule
-
     key = F.normalize(torch.randn(1, 1, 1, 8, dtype=torch.float64), dim=-1).expand(1, 40, 1, 8)
     value = torch.randn(1, 40, 1, 5, dtype=torch.float64)
     output, _ = chunk_delta_rule(key, torch.zeros_like(key), key, value, -key, key)

@@ -20,6 +20,7 @@ from hf_arch.modeling.layers.attention import Attention
 from hf_arch.modeling.layers.experts import SparseFeedForward
 from hf_arch.modeling.layers.feed_forward import MLP
 from hf_arch.modeling.layers.mixer import Mixer
+from hf_arch.modeling.ops.delta_rule import CHUNK as DELTA_CHUNK
 from hf_arch.modeling.skeleton.backbone import Backbone
 from hf_arch.modeling.state_space.retnet.modeling_retnet import MultiScaleRetention
 from hf_arch.modeling.state_space.rwkv.rwkv4 import RWKV4ChannelMixing, RWKV4TimeMixing
@@ -155,10 +156,10 @@ def ssd(module: SSD, span: Span) -> Cost:
 
 @cost.register
 def rwkv7(module: RWKV7TimeMixing, span: Span) -> Cost:
-    """Scores of queries and a with keys and b, of which values and u are made, and a triangular system; exponentials in
-    the decay and its sums, the rates and the low ranks."""
+    """Scores of queries and a with keys and b, a triangular system, what is read of values and u; exponentials in the
+    decays and their sums, the rates and the low ranks."""
     size, states = module.k_proj.out_features, module.r_k.numel() * module.r_k.shape[1]
-    within = 2 * min(CHUNK, span.tokens) * 7 * size if span.tokens > 1 else 2 * states
+    within = 2 * min(DELTA_CHUNK, span.tokens) * 8 * size if span.tokens > 1 else 0
     low_ranks = [part for part in (module.w, module.a, module.v, module.g) if part is not None]
     total = sum((projections(part, span) for part in low_ranks), projections(module, span))
     ranks = module.w.reduce_proj.out_features + module.g.reduce_proj.out_features

@@ -1,15 +1,16 @@
-"""The generalised delta rule of RWKV-7 (Peng et al., 2025, arXiv:2503.14456, equations 15 to 19): linear attention whose
-memory fades by a factor per channel, and exchanges what it holds for a key against something else.
+"""The generalised delta rule of RWKV-7 (Peng et al., 2025, arXiv:2503.14456, section 3): linear attention whose memory
+fades by a factor per channel, and exchanges what it holds for a key against something else.
 
-    state_t = diag(exp(log_decay_t)) state_(t-1) + b_t^T (a_t state_(t-1)) + key_t^T value_t      out_t = query_t state_t
+    state_t = diag(exp(log_decay_t)) state_(t-1) + b_t^T (a_t state_(t-1)) + key_t^T value_t
+    out_t = query_t state_t
 
-With a = -key of norm 1, b = beta key and values times beta it is the gated delta rule (arXiv:2412.06464), with a and b of
-zeros gated linear attention.
+With a = -key of norm 1, b = beta exp(log_decay) key and values times beta it is the gated delta rule (Yang et al., 2024,
+arXiv:2412.06464), with a and b of zeros gated linear attention.
 
-Shapes: query, log_decay, key, a, b [batch, length, heads, key_dim], log_decay finite and 0 or less; value [batch, length,
-heads, value_dim]; state [batch, heads, key_dim, value_dim], in float32 at least; documents [batch, length] as in
-`documents.py`: padding adds nothing and fades nothing, the state is forgotten where a document starts, an initial state
-belongs to document 1.
+Shapes: query, log_decay, key, a, b [batch, length, heads, key_dim], log_decay finite and 0 or less; value [batch,
+length, heads, value_dim]; state [batch, heads, key_dim, value_dim], in float32 at least; documents [batch, length] as
+in `documents.py`: padding adds nothing and fades nothing, the state is forgotten where a document starts, an initial
+state belongs to document 1.
 """
 
 import torch
@@ -21,7 +22,7 @@ from .documents import document_runs
 from .fading import chunked, linked
 
 CHUNK = 32
-RANGE = 60.0  # how far apart the logarithms of two factors may be whose product float32 can hold
+RANGE = 60.0  # the largest logarithm of a factor that float32 holds with room for sums of products
 
 
 def recurrent_delta_rule(
@@ -95,8 +96,8 @@ def chunk_delta_rule(
 
 
 class CarryThrough(torch.autograd.Function):
-    """The recurrence between chunks, u = W S + U and S = across * S + added + b^T u: the states before each chunk and after
-    the last, and the u of all steps.
+    """The recurrence between chunks, u = W S + U and S = across * S + added + b^T u: the states before each chunk and
+    after the last, and the u of all steps.
 
     W, b [chunks, batch, heads, size, key_dim], U [..., size, value_dim], across [..., key_dim, 1], added [..., key_dim,
     value_dim]. Here and not by autograd, since backward goes through the chunks likewise, with products of all chunks at
@@ -131,8 +132,8 @@ class CarryThrough(torch.autograd.Function):
 
 def compared(rows, columns, sums, direct: int) -> list[torch.Tensor]:
     """Every row (queries, a) against every column (keys, b) [..., size, key_dim]: products [..., size, size], in which
-    exp(the sum of the log decays between) is left of a column. `sums` [..., size + 1, key_dim] are those of the log decays
-    before each step and after the last. What lies above the diagonal means nothing, but is finite.
+    exp(the sum of the log decays between) is left of a column. `sums` [..., size + 1, key_dim] are those of the log
+    decays before each step and after the last. What lies above the diagonal means nothing, but is finite.
 
     No factor is large: up to `direct` steps are measured from their start. Of more steps the halves are compared by
     themselves, and the second with the first, measured from the border between them.
@@ -172,8 +173,8 @@ def seen_to(columns, sums, place) -> list[torch.Tensor]:
 
 
 def direct_size(log_decay: torch.Tensor, size: int) -> int:
-    """How many steps may be compared at once: a chunk where memory fades as slowly as in RWKV-7, and one where it would
-    take tracing to know."""
+    """How many steps may be compared at once: all of a chunk where memory fades as slowly as in RWKV-7, and one where
+    tracing does not tell."""
     steepest = RANGE if is_tracing(log_decay) else -float(log_decay.detach().amin())
     while size > 1 and size * steepest > RANGE:
         size //= 2

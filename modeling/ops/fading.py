@@ -38,8 +38,7 @@ def fading(log_decay: torch.Tensor, documents: torch.Tensor | None, chunk_size: 
 
 
 class Links(NamedTuple):
-    """Whether tokens are of one document, chunk by chunk, [batch, chunks, 1, ...], where padding belongs to the one before
-    it."""
+    """Whether tokens are of one document, chunk by chunk, [batch, chunks, 1, ...]; padding belongs to that before."""
 
     within: torch.Tensor  # [size, size] two steps of the chunk
     into: torch.Tensor  # [size, 1] a step, and what the state at the start of the chunk belongs to

@@ -71,8 +71,8 @@ class LowRank(nn.Module):
 
 
 class RWKV7TimeMixing(Mixer):
-    """Six mixtures of each token and the one before, of which all else is projected; the delta rule; a norm per head, the
-    current token's own value by weight, a gate (section 4.1, figure 1, appendix I).
+    """Six mixtures of each token and the one before, of which all else is projected; the delta rule; a norm per head,
+    the current token's own value by weight, a gate (section 4.1 and figure 1).
 
     Memory fades by exp(-exp(-1/2) sigmoid(w)) per channel; what it holds for the normed removal key is taken out by the
     rate a, and the value written at a key of its own.
