@@ -11,7 +11,8 @@ from transformers import set_seed
 
 from hf_arch import find
 from hf_arch.convert import convert
-from hf_arch.modeling.ops.delta_rule import chunk_delta_rule
+from hf_arch.modeling.ops.delta_rule import chunk_delta_rule, recurrent_delta_rule
+from hf_arch.modeling.ops.dispatch import on_packed_rows
 from promises import some_tokens
 
 SIZE, HEADS, LAYERS, INNER, VOCABULARY = 128, 2, 3, 192, 96
@@ -190,11 +191,38 @@ def test_a_new_model_is_the_authors(tmp_path):
 
 @torch.no_grad()
 def test_what_was_written_at_a_key_can_be_replaced():
-    """The delta rule (section 3): with full rate and no decay, the value last written at a key is what is read there."""
+    """The delta rule: with full rate and no decay, the value last written at a key is what is read there."""
     key = F.normalize(torch.randn(1, 1, 1, 8, dtype=torch.float64), dim=-1).expand(1, 40, 1, 8)
     value = torch.randn(1, 40, 1, 5, dtype=torch.float64)
     output, _ = chunk_delta_rule(key, torch.zeros_like(key), key, value, -key, key)
     assert_close(output, value)
+
+
+@torch.no_grad()
+def test_the_kernel_of_flash_linear_attention_is_called_by_its_signature():
+    """A stand-in with the arguments of fla.ops.rwkv7.chunk_rwkv7: one row, a state per document."""
+
+    def chunk_rwkv7(r, w, k, v, a, b, scale=1.0, initial_state=None, output_final_state=False, cu_seqlens=None):
+        outputs, states = [], []
+        for n, (start, end) in enumerate(zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)):
+            part = [x[:, start:end] for x in (r * scale, w, k, v, a, b)]
+            output, state = recurrent_delta_rule(
+                *part, initial_state=initial_state[n : n + 1], output_final_state=output_final_state
+            )
+            outputs.append(output)
+            states.append(state)
+        return torch.cat(outputs, dim=1), torch.cat(states)
+
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(2, 40, 3, 8, generator=generator, dtype=torch.float64) for _ in range(6)]
+    tensors[1], tensors[4], tensors[5] = -tensors[1].abs(), 0.2 * tensors[4], 0.2 * tensors[5]
+    documents = torch.tensor([[0] * 3 + [1] * 20 + [2] * 17, [1] * 30 + [0] * 10])
+    state = torch.randn(2, 3, 8, 8, generator=generator, dtype=torch.float64)
+    options = {"documents": documents, "initial_state": state, "output_final_state": True}
+    expected, expected_state = chunk_delta_rule(*tensors, **options)
+    output, found_state = on_packed_rows(chunk_rwkv7, *tensors, **options)
+    assert_close(output[documents > 0], expected[documents > 0])
+    assert_close(found_state, expected_state)
 
 
 def test_hidden_states_are_told_without_the_values_of_the_first_layer():

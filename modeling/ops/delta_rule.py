@@ -4,8 +4,8 @@ fades by a factor per channel, and exchanges what it holds for a key against som
     state_t = diag(exp(log_decay_t)) state_(t-1) + b_t^T (a_t state_(t-1)) + key_t^T value_t
     out_t = query_t state_t
 
-With a = -key of norm 1, b = beta exp(log_decay) key and values times beta it is the gated delta rule (Yang et al., 2024,
-arXiv:2412.06464), with a and b of zeros gated linear attention.
+With a = -key of norm 1, b = beta exp(log_decay) key and values times beta it is the gated delta rule (Yang et al.,
+2024, arXiv:2412.06464), with a and b of zeros gated linear attention.
 
 Shapes: query, log_decay, key, a, b [batch, length, heads, key_dim], log_decay finite and 0 or less; value [batch,
 length, heads, value_dim]; state [batch, heads, key_dim, value_dim], in float32 at least; documents [batch, length] as
@@ -55,7 +55,7 @@ def chunk_delta_rule(
 
         u = into_a S + A_k value + A_b u,
 
-    where A_x compares a with what x brought in before, and into_a is a of which that is left which S is. So u = W S + U,
+    where A_x compares a with what x brought in before, and into_a sees of S what is left at its step. So u = W S + U,
     and what is left of S, key^T value and b^T u are the state after the chunk: only that goes from chunk to chunk.
     """
     length, wide = query.shape[1], torch.promote_types(query.dtype, torch.float32)
@@ -100,8 +100,8 @@ class CarryThrough(torch.autograd.Function):
     after the last, and the u of all steps.
 
     W, b [chunks, batch, heads, size, key_dim], U [..., size, value_dim], across [..., key_dim, 1], added [..., key_dim,
-    value_dim]. Here and not by autograd, since backward goes through the chunks likewise, with products of all chunks at
-    once for the rest.
+    value_dim]. Not left to autograd, since backward goes through the chunks likewise, and makes the rest of all chunks
+    at once.
     """
 
     @staticmethod
