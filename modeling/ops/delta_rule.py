@@ -22,6 +22,7 @@ from .documents import document_runs
 from .fading import chunked, linked
 
 CHUNK = 32
+FEW = 8  # steps whose differences are all computed, where decays may be of any size
 RANGE = 60.0  # the largest logarithm of a factor that float32 holds with room for sums of products
 
 
@@ -135,15 +136,18 @@ def compared(rows, columns, sums, direct: int) -> list[torch.Tensor]:
     exp(the sum of the log decays between) is left of a column. `sums` [..., size + 1, key_dim] are those of the log
     decays before each step and after the last. What lies above the diagonal means nothing, but is finite.
 
-    No factor is large: up to `direct` steps are measured from their start. Of more steps the halves are compared by
-    themselves, and the second with the first, measured from the border between them.
+    No factor is large: up to `direct` steps are measured from their start, a few by all differences. Of more steps the
+    halves are compared by themselves, and the second with the first, measured from the border between them.
     """
     size = sums.shape[-2] - 1
-    if size == 1:
-        return against(rows, columns)  # nothing lies between
     if size <= direct:
         start = sums[..., :1, :]
         return against(seen_from(rows, sums - start), seen_to(columns, sums, start))
+    if size <= FEW:
+        places = sums[..., 1:, None, :], sums[..., :-1, None, :]
+        between = ((place - sums[..., None, 1:, :]).clamp(max=0).exp() for place in places)
+        left = [row[..., None, :] * factor for row, factor in zip(rows, between, strict=True)]
+        return [(row * column[..., None, :, :]).sum(-1) for row in left for column in columns]
     half = size // 2
     border = sums[..., half : half + 1, :]
     second = seen_from([x[..., half:, :] for x in rows], sums[..., half:, :] - border)
@@ -173,10 +177,12 @@ def seen_to(columns, sums, place) -> list[torch.Tensor]:
 
 
 def direct_size(log_decay: torch.Tensor, size: int) -> int:
-    """How many steps may be compared at once: all of a chunk where memory fades as slowly as in RWKV-7, and one where
-    tracing does not tell."""
-    steepest = RANGE if is_tracing(log_decay) else -float(log_decay.detach().amin())
-    while size > 1 and size * steepest > RANGE:
+    """How many steps may be measured from one place: all of a chunk where memory fades as slowly as in RWKV-7, and none
+    where tracing does not tell."""
+    if is_tracing(log_decay):
+        return 0
+    steepest = -float(log_decay.detach().amin())
+    while size * steepest > RANGE:
         size //= 2
     return size
 

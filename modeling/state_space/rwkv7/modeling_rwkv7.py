@@ -198,7 +198,7 @@ class RWKV7ChannelMixing(nn.Module):
         before, shifted = self.shift(hidden_states, attention_mask, memory)
         if memory is not None:
             memory.write(0, **shifted)
-        inner = self.up_proj(torch.lerp(hidden_states, before, self.mix.to(hidden_states.dtype))).relu_()
+        inner = self.up_proj(torch.lerp(hidden_states, before, self.mix.to(hidden_states.dtype))).relu()
         # Backward needs what was squared; without it the square takes its place
         return self.down_proj(inner.square() if inner.requires_grad else inner.square_())
 
