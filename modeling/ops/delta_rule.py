@@ -67,17 +67,8 @@ def chunk_delta_rule(
             log_decay, value, b = (x * real[..., None, None] for x in (log_decay, value, b))
         # [chunks, batch, heads, size, dim], one more of the sums: before the first step
         decays, v, q, k, a, b = (chunks_first(x.to(wide), size) for x in (log_decay, value, query, key, a, b))
-        sums, v = ones_below(size + 1, size, decays) @ decays, v.contiguous()
-        last = sums[..., -1:, :]
-        into, across = seen_from((q, a), sums), last.exp()
-        direct = direct_size(log_decay, size)
-        if size <= direct:
-            out_of = seen_to((k, b), sums, 0)
-            scores, out_of = against(into, out_of), [x * across for x in out_of]
-        else:
-            scores, out_of = compared((q, a), (k, b), sums, direct), seen_to((k, b), sums, last)
-        for score, diagonal in zip(scores, (0, 0, -1, -1), strict=True):
-            score.tril_(diagonal)
+        sums, v = decays.new_ones(size + 1, size).tril(-1) @ decays, v.contiguous()
+        into, out_of, across, scores = related((q, a), (k, b), sums, direct_size(log_decay, size))
         if documents is not None:
             within, entering, leaving = (mask.transpose(0, 1) for mask in linked(document, size))
             scores, across = [score * within for score in scores], across * entering[..., -1:, :]
@@ -94,6 +85,22 @@ def chunk_delta_rule(
         output = output.baddbmm_(query_b.flatten(0, 2), u.flatten(0, 2)).view_as(v)
         output = output.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length]
     return output.to(value.dtype), state[0] if output_final_state else None
+
+
+def related(rows, columns, sums, direct: int) -> tuple:
+    """Of rows (queries, a) and columns (keys, b) [..., size, key_dim] in chunks with sums of log decays [..., size + 1,
+    key_dim]: rows as they meet the state before, columns as they are left after, what is left of the state
+    [..., 1, key_dim], and the scores [..., size, size] of each row with each column, zero where it comes later."""
+    last = sums[..., -1:, :]
+    into, across = seen_from(rows, sums), last.exp()
+    if sums.shape[-2] - 1 <= direct:
+        out_of = seen_to(columns, sums, 0)
+        scores, out_of = against(into, out_of), [x * across for x in out_of]
+    else:
+        scores, out_of = compared(rows, columns, sums, direct), seen_to(columns, sums, last)
+    for score, diagonal in zip(scores, (0, 0, -1, -1), strict=True):
+        score.tril_(diagonal)
+    return into, out_of, across, scores
 
 
 class CarryThrough(torch.autograd.Function):
@@ -185,11 +192,6 @@ def direct_size(log_decay: torch.Tensor, size: int) -> int:
     while size * steepest > RANGE:
         size //= 2
     return size
-
-
-def ones_below(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
-    """[rows, columns] that add up what is before each row."""
-    return like.new_ones(rows, columns).tril(-1)
 
 
 def chunks_first(x: torch.Tensor, size: int) -> torch.Tensor:
