@@ -75,7 +75,7 @@ OPS = {
         decays=2,
     ),
     "wkv": Op(recurrent_wkv, chunk_wkv, ((6,), (6,)), (3, 6), fixed={2: (6,), 3: (6,)}, signs={2: -1}, decays=2),
-    "token_shift": Op(recurrent_token_shift, token_shift, ((6,),), (6,)),
+    "token_shift": Op(recurrent_token_shift, token_shift, ((6,),), (1, 6)),
     "convolution": Op(recurrent_convolution, causal_convolution, ((6,),), (3, 6), fixed={1: (6, 4), 2: (6,)}),
 }
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS.keys())

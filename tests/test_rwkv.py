@@ -10,7 +10,7 @@ from transformers import RwkvConfig, RwkvForCausalLM, RwkvModel
 
 from hf_arch import find
 from hf_arch.convert import convert
-from hf_arch.modeling.ops.wkv import chunk_wkv, recurrent_wkv
+from hf_arch.modeling.ops.wkv import chunk_wkv, fla_wkv, recurrent_wkv
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "rescale_every": 0}
 CHOICES = {
@@ -107,6 +107,33 @@ def test_a_mean_of_what_was_read():
     nothing = torch.zeros(3, dtype=torch.float64)
     output, _ = chunk_wkv(torch.zeros_like(value), value, nothing, nothing)
     assert_close(output, value.cumsum(1) / torch.arange(1, 41)[:, None])
+
+
+def kernel_of_fla(w, u, k, v, state):
+    """What that of flash-linear-attention computes: state [batch, 3, 1, channels], a numerator, a denominator and the
+    logarithm of what both lack; w is the logarithm of the rate of decay."""
+    (numerator, denominator, scale), outputs = state.squeeze(2).unbind(1), []
+    for key, value in zip(k.unbind(1), v.unbind(1), strict=True):
+        top = torch.maximum(scale, u + key)
+        before, now = (scale - top).exp(), (u + key - top).exp()
+        outputs.append((before * numerator + now * value) / (before * denominator + now))
+        top = torch.maximum(scale - w.exp(), key)
+        before, now = (scale - w.exp() - top).exp(), (key - top).exp()
+        numerator, denominator, scale = before * numerator + now * value, before * denominator + now, top
+    return torch.stack(outputs, 1), torch.stack((numerator, denominator, scale), 1)[:, :, None]
+
+
+def test_the_kernel_of_fla_is_called_as_it_wants():
+    generator = torch.Generator().manual_seed(2)
+    key, value = torch.randn(2, 2, 20, 8, generator=generator, dtype=torch.float64)
+    tensors = key, value, -torch.rand(8, generator=generator, dtype=torch.float64), key[0, 0]
+    state = None
+    for _ in range(2):  # from nothing, and going on
+        options = {"initial_state": state, "output_final_state": True}
+        expected, state = recurrent_wkv(*tensors, **options)
+        output, final_state = fla_wkv(kernel_of_fla, *tensors, **options)
+        assert_close(output, expected, atol=1e-12, rtol=1e-10)
+        assert_close(final_state, state, atol=1e-12, rtol=1e-10)
 
 
 def test_it_begins_as_the_official_code():

@@ -28,14 +28,15 @@ def recurrent_wkv(key, value, log_decay, bonus, *, documents=None, initial_state
     )
     outputs = []
     with torch.autocast(key.device.type, enabled=False):
-        for t in range(k.shape[1]):
+        for t, (k_t, v_t) in enumerate(zip(k.unbind(1), v.unbind(1), strict=True)):
             if reset is not None:
                 weight = weight + reset[:, t]
-            outputs.append(torch.lerp(mean, v[:, t], torch.sigmoid(k[:, t] + bonus - weight)))
-            faded = weight + (log_decay if fade is None else fade[:, t] * log_decay)
-            mean = torch.lerp(mean, v[:, t], torch.sigmoid(k[:, t] - faded))
-            weight = torch.logaddexp(faded, k[:, t])
-    return torch.stack(outputs, dim=1).to(value.dtype), wkv_state(mean, weight) if output_final_state else None
+            outputs.append(torch.lerp(mean, v_t, torch.sigmoid(k_t + bonus - weight)))
+            weight = weight + (log_decay if fade is None else fade[:, t] * log_decay)
+            mean = torch.lerp(mean, v_t, torch.sigmoid(k_t - weight))
+            weight = torch.logaddexp(weight, k_t)
+    output = outputs[0][:, None] if len(outputs) == 1 else torch.stack(outputs, dim=1)
+    return output.to(value.dtype), wkv_state(mean, weight) if output_final_state else None
 
 
 def fla_wkv(kernel, key, value, log_decay, bonus, initial_state, output_final_state):

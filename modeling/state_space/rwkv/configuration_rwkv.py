@@ -19,12 +19,6 @@ class ArchRWKVConfig(ArchConfig):
     model_type = "hf_arch_rwkv"
     layer_kinds = ("rwkv4",)
     feed_forward_kinds = ("rwkv4_channel_mixing", *ArchConfig.feed_forward_kinds)
-    base_model_tp_plan = {
-        "layers.*.mixer.receptance": "colwise",
-        "layers.*.mixer.key": "colwise",
-        "layers.*.mixer.value": "colwise",
-        "layers.*.mixer.output": "rowwise",
-    }
 
     version: int = 4
     attention_hidden_size: int | None = None
