@@ -151,6 +151,23 @@ ARCHITECTURES = (
         tiny={"state_size": 8, "n_groups": 2, "feed_forward_types": ["none", "gated"]},
     ),
     Architecture(
+        "rwkv",
+        "ArchRWKV",
+        family="state_space",
+        title="RWKV",
+        paper="arXiv:2305.13048",
+        lora_targets=("receptance", "key", "value", "output", "gate_proj", "up_proj", "down_proj"),
+    ),
+    Architecture(
+        "rwkv7",
+        "ArchRWKV7",
+        family="state_space",
+        title="RWKV-7 (Goose)",
+        paper="arXiv:2503.14456",
+        lora_targets=("r_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        tiny={f"{name}_low_rank_dim": 6 for name in ("decay", "a", "v", "gate")},
+    ),
+    Architecture(
         "hyena",
         "ArchHyena",
         family="state_space",

@@ -113,6 +113,8 @@ class Case:
             for parameter in model.parameters():
                 if parameter.ndim == 1:  # norms and biases: neither ones nor zeros
                     parameter.add_(0.3 * torch.randn_like(parameter))
+                elif parameter.std() < 0.01:  # a matrix that begins at nothing
+                    parameter.normal_(std=model.config.initializer_range)
         return model.to(dtype)
 
     def decoder(self, **options) -> nn.Module:
@@ -220,9 +222,9 @@ def some_tokens(batch: int = 2, length: int = LENGTH, seed: int = 1) -> torch.Te
 
 
 def sums(past_key_values) -> list[torch.Tensor]:
-    """The states that add up what was read. Those of convolutions hold copies of it, in its own type."""
+    """The states that add up what was read. Those of convolutions and shifts hold copies of it, in its own type."""
     named = [item for layer in cache_layers_of(past_key_values) for item in getattr(layer, "states", {}).items()]
-    return [state for name, state in named if not name.startswith(("convolution", "history"))]
+    return [state for name, state in named if not any(kind in name for kind in ("convolution", "shift", "history"))]
 
 
 def inputs_and_labels(case: Case, model: nn.Module) -> dict[str, torch.Tensor]:

@@ -17,7 +17,9 @@ def gradients(model, inputs):
 def test_every_parameter_gets_a_gradient(head_case):
     model = head_case.build().train()
     found = gradients(model, inputs_and_labels(head_case, model))
-    assert not [name for name, parameter in model.named_parameters() if name not in found or not found[name].any()]
+    found.pop("qa_outputs.bias", None)  # what is added at all positions changes no share: its gradient is rounding
+    reached = {name for name, gradient in found.items() if gradient.any()} | {"qa_outputs.bias"}
+    assert not [name for name, parameter in model.named_parameters() if name not in reached]
 
 
 @pytest.mark.parametrize("case", [*DECODERS, *ENCODERS], ids=str)

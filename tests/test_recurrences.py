@@ -13,11 +13,14 @@ from torch.testing import assert_close
 
 from hf_arch.modeling.ops.convolution import causal_convolution, chunk_convolution, recurrent_convolution
 from hf_arch.modeling.ops.decayed_attention import chunk_decayed_attention, recurrent_decayed_attention
+from hf_arch.modeling.ops.delta_rule import chunk_delta_rule, recurrent_delta_rule
 from hf_arch.modeling.ops.diagonal_state_space import chunk_diagonal_state_space, recurrent_diagonal_state_space
 from hf_arch.modeling.ops.long_convolution import long_convolution, recurrent_long_convolution
 from hf_arch.modeling.ops.low_rank_state_space import chunk_low_rank_state_space, recurrent_low_rank_state_space
 from hf_arch.modeling.ops.retention import chunk_retention, recurrent_retention
 from hf_arch.modeling.ops.selective_scan import chunk_selective_scan, recurrent_selective_scan
+from hf_arch.modeling.ops.token_shift import recurrent_token_shift, token_shift
+from hf_arch.modeling.ops.wkv import chunk_wkv, recurrent_wkv
 
 BATCH = 2
 
@@ -30,6 +33,7 @@ class Op:
     state: tuple[int, ...]
     fixed: dict[int, tuple[int, ...]] = field(default_factory=dict)  # place -> shape, of those that are no sequences
     signs: dict[int, int] = field(default_factory=dict)  # of the tensors that are nowhere negative, or positive
+    small: tuple[int, ...] = ()  # the tensors that a state is multiplied by, so that it stays bounded
     decays: int | None = None  # the tensor of which a larger number forgets faster
 
     def tensors(self, length: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
@@ -38,6 +42,7 @@ class Op:
         for place, shape in self.fixed.items():
             shapes.insert(place, shape)
         made = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        made = [0.2 * x if n in self.small else x for n, x in enumerate(made)]
         return [(self.signs[n] * x.abs() if n in self.signs else x).to(dtype) for n, x in enumerate(made)]
 
     def cut(self, tensors: list[torch.Tensor], part: slice) -> list[torch.Tensor]:
@@ -91,6 +96,15 @@ OPS = {
         signs={3: -1},
         decays=3,
     ),
+    "delta_rule": Op(
+        recurrent_delta_rule,
+        chunk_delta_rule,
+        ((3, 8), (3, 8), (3, 8), (3, 5), (3, 8), (3, 8)),
+        (3, 8, 5),
+        signs={1: -1},
+        small=(4, 5),
+        decays=1,
+    ),
     "selective_scan": Op(
         recurrent_selective_scan,
         chunk_selective_scan,
@@ -101,6 +115,8 @@ OPS = {
         decays=2,
     ),
     "long_convolution": Op(recurrent_long_convolution, long_convolution, ((6,),), (6, 39), fixed={1: (6, 90)}),
+    "wkv": Op(recurrent_wkv, chunk_wkv, ((6,), (6,)), (3, 6), fixed={2: (6,), 3: (6,)}, signs={2: -1}, decays=2),
+    "token_shift": Op(recurrent_token_shift, token_shift, ((6,),), (1, 6)),
     "convolution": Op(recurrent_convolution, causal_convolution, ((6,),), (3, 6), fixed={1: (6, 4), 2: (6,)}),
     "convolution of many": Op(recurrent_convolution, chunk_convolution, ((6,),), (40, 6), fixed={1: (6, 41), 2: (6,)}),
     "convolution of more": Op(recurrent_convolution, chunk_convolution, ((6,),), (76, 6), fixed={1: (6, 77), 2: (6,)}),

@@ -21,10 +21,13 @@ from hf_arch.modeling.layers.experts import SparseFeedForward
 from hf_arch.modeling.layers.feed_forward import MLP
 from hf_arch.modeling.layers.mixer import Mixer
 from hf_arch.modeling.layers.state_space import DiagonalStateSpace
+from hf_arch.modeling.ops.delta_rule import CHUNK as DELTA_CHUNK
 from hf_arch.modeling.skeleton.backbone import Backbone
 from hf_arch.modeling.state_space.h3.modeling_h3 import H3
 from hf_arch.modeling.state_space.hyena.modeling_hyena import Hyena, ModalHyena
 from hf_arch.modeling.state_space.retnet.modeling_retnet import MultiScaleRetention
+from hf_arch.modeling.state_space.rwkv.rwkv4 import RWKV4ChannelMixing, RWKV4TimeMixing
+from hf_arch.modeling.state_space.rwkv7.modeling_rwkv7 import RWKV7ChannelMixing, RWKV7TimeMixing
 from hf_arch.modeling.state_space.s4.modeling_s4 import S4D
 from hf_arch.modeling.state_space.s6.modeling_s6 import S6
 from hf_arch.modeling.state_space.ssd.modeling_ssd import SSD
@@ -156,6 +159,27 @@ def ssd(module: SSD, span: Span) -> Cost:
 
 
 @cost.register
+def rwkv7(module: RWKV7TimeMixing, span: Span) -> Cost:
+    """Scores of queries and a with keys and b, a triangular system, what is read of values and u; exponentials in the
+    decays and their sums, the rates and the low ranks."""
+    size, states = module.k_proj.out_features, module.r_k.numel() * module.r_k.shape[1]
+    within = 2 * min(DELTA_CHUNK, span.tokens) * 8 * size if span.tokens > 1 else 0
+    low_ranks = [part for part in (module.w, module.a, module.v, module.g) if part is not None]
+    total = sum((projections(part, span) for part in low_ranks), projections(module, span))
+    ranks = module.w.reduce_proj.out_features + module.g.reduce_proj.out_features
+    return total + Cost(
+        operations=span.tokens * (8 * states + within),
+        exponentials=span.tokens * (4 * size + ranks),
+        numbers=2 * states,
+    )
+
+
+@cost.register
+def rwkv7_channel_mixing(module: RWKV7ChannelMixing, span: Span) -> Cost:
+    return projections(module, span)
+
+
+@cost.register
 def s6(module: S6, span: Span) -> Cost:
     """A decay by an exponential for each number of the state."""
     states, inner = module.A_log.numel(), module.D.numel()
@@ -206,6 +230,18 @@ def modal_hyena(module: ModalHyena, span: Span) -> Cost:
     states = 2 * channels * module.filter.turn.shape[1]
     within = 2 * min(CHUNK, span.tokens) * channels if span.tokens > 1 else 0
     return projections(module, span) + Cost(operations=span.tokens * (4 * states + within), numbers=2 * states)
+
+
+@cost.register
+def rwkv4(module: RWKV4TimeMixing, span: Span) -> Cost:
+    """A gate, and two weights for each token: one in what is read, one in its own output."""
+    inner = module.time_decay.numel()
+    return projections(module, span) + Cost(exponentials=3 * span.tokens * inner, numbers=6 * inner)
+
+
+@cost.register
+def channel_mixing(module: RWKV4ChannelMixing, span: Span) -> Cost:
+    return projections(module, span) + Cost(exponentials=span.tokens * module.receptance.out_features)
 
 
 def projections(module: nn.Module, span: Span) -> Cost:

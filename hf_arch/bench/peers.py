@@ -31,6 +31,7 @@ class Peer:
 
 MAMBA = {"config": "MambaConfig", "model": "MambaForCausalLM"}
 MAMBA2 = {"config": "Mamba2Config", "model": "Mamba2ForCausalLM", "fields": {"n_groups": 1}}
+RWKV4 = {"config": "RwkvConfig", "model": "RwkvForCausalLM"}
 LLAMA = {"config": "LlamaConfig", "model": "LlamaForCausalLM"}
 MIXTRAL = {"config": "MixtralConfig", "model": "MixtralForCausalLM"}
 # Its default, and the loop over experts; its batched products copy the weights of an expert for each token that takes
@@ -60,6 +61,14 @@ PEERS = (
     Peer("t5_encoder", "encoder_decoder", "hugging_face:T5Encoder", T5, measures=FORWARD),
     Peer("mamba", "s6", "hugging_face:Mamba", MAMBA, measures=("forward", *DECODE)),  # its backward is quadratic
     Peer("mamba2", "ssd", "hugging_face:Mamba2", MAMBA2),
+    Peer("rwkv4", "rwkv", "hugging_face:Rwkv4", RWKV4),
+    Peer(
+        "rwkv_package",
+        "rwkv7",
+        "rwkv:RWKV7",
+        measures=("forward", "step"),
+        environment=Environment("rwkv", unaided=("rwkv==0.8.32",)),
+    ),
     Peer(
         "torchscale",
         "retnet",

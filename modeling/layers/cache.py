@@ -33,8 +33,9 @@ class RecurrentCacheLayer(CacheLayerMixin):
         self.past: list[tuple[int, dict[str, torch.Tensor]]] = []  # length and states before each call
 
     def write(self, new_tokens: int, **states: torch.Tensor) -> None:
-        """The states after `new_tokens` more, all at once: one write for each call of the model."""
-        if self.record_past:
+        """The states after `new_tokens` more: the mixer of a layer writes all of its own at once, for each call of the
+        model, and what else in the layer has a state adds it with `new_tokens` 0."""
+        if self.record_past and new_tokens:
             self.past.append((self.cumulative_length, dict(self.states)))
         self.states.update(states)
         self.cumulative_length += new_tokens
@@ -175,13 +176,15 @@ class StaticHistoryCacheLayer(StaticRecurrentCacheLayer):
 # The layers that keep states, as config.layer_types names them: what a new recurrence has to be in
 RECURRENT = (
     "h3",
+    "hyena",
+    "modal_hyena",
     "retention",
+    "rwkv4",
+    "rwkv7",
     "s4",
     "s4d",
     "s6",
     "ssd",
-    "hyena",
-    "modal_hyena",
 )
 DYNAMIC_LAYER_TYPE_MAPPING |= dict.fromkeys(RECURRENT, RecurrentCacheLayer)
 STATIC_LAYER_TYPE_MAPPING |= dict.fromkeys(RECURRENT, StaticRecurrentCacheLayer)

@@ -32,19 +32,37 @@ def fading(log_decay: torch.Tensor, documents: torch.Tensor | None, chunk_size: 
     if documents is None:
         within = lag.masked_fill(~seen, -torch.inf).exp()
         return Fading(within, left.exp()[..., None], (last - left).exp()[..., None], last.exp()[..., None])
-    document = F.pad(document, (0, pad), mode="replicate").unflatten(1, (-1, chunk_size))[:, :, None]
-    carried = F.pad(document[:, :-1, :, -1:], (0, 0, 0, 0, 1, 0), value=1)  # the document that the state belongs to
-    seen = seen & (document[..., :, None] == document[..., None, :])
-    into = (left.exp() * (document == carried))[..., None]
-    out_of = ((last - left).exp() * (document == document[..., -1:]))[..., None]
-    return Fading(lag.masked_fill(~seen, -torch.inf).exp(), into, out_of, into[..., -1:, :])
+    links = linked(document, chunk_size)
+    into, out_of = left.exp()[..., None] * links.into, (last - left).exp()[..., None] * links.out_of
+    return Fading(lag.masked_fill(~(seen & links.within), -torch.inf).exp(), into, out_of, into[..., -1:, :])
+
+
+class Links(NamedTuple):
+    """Whether tokens are of one document, chunk by chunk, [batch, chunks, 1, ...]; padding belongs to that before."""
+
+    within: torch.Tensor  # [size, size] two steps of the chunk
+    into: torch.Tensor  # [size, 1] a step, and what the state at the start of the chunk belongs to
+    out_of: torch.Tensor  # [size, 1] a step, and the end of the chunk
+
+
+def linked(document: torch.Tensor, chunk_size: int) -> Links:
+    """`document` [batch, length] is the number of each token's document, as `document_runs` has it."""
+    document = F.pad(document, (0, -document.shape[1] % chunk_size), mode="replicate")
+    document = document.unflatten(1, (-1, chunk_size))[:, :, None, :, None]
+    carried = F.pad(document[:, :-1, :, -1:], (0, 0, 0, 0, 0, 0, 1, 0), value=1)
+    return Links(document == document.mT, document == carried, document == document[..., -1:, :])
+
+
+def chunked(x: torch.Tensor, size: int) -> torch.Tensor:
+    """[batch, length, heads, dim] -> [batch, chunks, heads, size, dim], zero past the end; a view where it can be."""
+    if pad := -x.shape[1] % size:
+        x = F.pad(x, (0, 0, 0, 0, 0, pad))
+    return x.unflatten(1, (-1, size)).transpose(2, 3)
 
 
 def in_chunks(x: torch.Tensor, size: int) -> torch.Tensor:
-    """[batch, length, heads, dim] -> [batch, chunks, heads, size, dim], zero past the end."""
-    if pad := -x.shape[1] % size:
-        x = F.pad(x, (0, 0, 0, 0, 0, pad))
-    return x.unflatten(1, (-1, size)).transpose(2, 3).contiguous()
+    """The same, laid out anew."""
+    return chunked(x, size).contiguous()
 
 
 def carry(added: torch.Tensor, across: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,6 +15,14 @@ TENSOR_PARALLEL = {
         "layers.*.feed_forward.down_proj": "rowwise",
     },
     "dense": {"layers.*.feed_forward.up_proj": "colwise", "layers.*.feed_forward.down_proj": "rowwise"},
+    "rwkv4_channel_mixing": {
+        "layers.*.feed_forward.key": "colwise",
+        "layers.*.feed_forward.value": "rowwise",
+    },
+    "rwkv7_channel_mixing": {
+        "layers.*.feed_forward.up_proj": "colwise",
+        "layers.*.feed_forward.down_proj": "rowwise",
+    },
     "sparse": {
         "layers.*.feed_forward.experts.gate_up_proj": "packed_colwise",
         "layers.*.feed_forward.experts.down_proj": "rowwise",

@@ -103,6 +103,16 @@ class Mamba2(Mamba):
         return super().build(sizes | {"num_heads": heads, "head_dim": 2 * sizes["hidden_size"] // heads}, **options)
 
 
+class Rwkv4(Transformers):
+    """Its memory has a name of its own."""
+
+    def begin(self, ids, room):
+        return self.model(input_ids=ids, use_cache=True).state
+
+    def step(self, token, memory):
+        return self.model(input_ids=token, state=memory, use_cache=True).state
+
+
 class Encoder(HuggingFace):
     """A model without a head, which learns to answer with zeros."""
 
