@@ -11,46 +11,39 @@ belongs to document 1.
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from .documents import document_runs
-from .fading import carry
 
-BLOCK = 128  # tokens whose states exist at once: channels * states numbers for each
-STRIDE = 16  # steps that are made one after another, those of a block side by side
+SIZE, ROWS = 4, 8  # steps made one after another, and how many such rows lie side by side: what stays in a cache
+BLOCK = SIZE * ROWS  # tokens whose states exist at once: channels * states numbers for each
 
 
 def recurrent_selective_scan(x, step, A, key, query, *, documents=None, initial_state=None, output_final_state=False):
     """The definition above, one step at a time. The reference for tests, and the decoding step."""
-    x_, step, A, key, query, keep, state = prepared(x, step, A, key, query, documents, initial_state)
-    outputs = []
     with torch.autocast(x.device.type, enabled=False):
-        for t in range(x_.shape[1]):
-            decay = left(step[:, t], A, None if keep is None else keep[:, t])
-            state = torch.addcmul(decay * state, key[:, t, :, None], (step * x_)[:, t, None, :])
+        A, state, added, step, key, query, keep = prepared(x, step, A, key, query, documents, initial_state)
+        outputs = []
+        for t in range(x.shape[1]):
+            decay = torch.exp(step[:, t, None] * A)
+            if keep is not None:
+                decay = decay * keep[:, t, :, None]
+            state = torch.addcmul(decay * state, key[:, t, :, None], added[:, t, None, :])
             outputs.append((query[:, t, None, :] @ state).squeeze(-2))
-    return torch.stack(outputs, dim=1).to(x.dtype), state if output_final_state else None
+    output = outputs[0][:, None] if len(outputs) == 1 else torch.stack(outputs, dim=1)
+    return output.to(x.dtype), state if output_final_state else None
 
 
 def chunk_selective_scan(x, step, A, key, query, *, documents=None, initial_state=None, output_final_state=False):
-    """The same answer a block at a time, steps of a block side by side; states are made again in backward, so that
-    there are never more than those of a block."""
-    x_, step, A, key, query, keep, state = prepared(x, step, A, key, query, documents, initial_state)
-    outputs, again = [], torch.is_grad_enabled()
+    """The same answer a block at a time, steps of a block side by side."""
     with torch.autocast(x.device.type, enabled=False):
-        tensors = (step * x_, step, key, query) if keep is None else (step * x_, step, key, query, keep)
-        for piece in zip(*(tensor.split(BLOCK, dim=1) for tensor in tensors), strict=True):
-            if again:
-                output, state = checkpoint(scan_block, A, state, *piece, use_reentrant=False)
-            else:
-                output, state = scan_block(A, state, *piece)
-            outputs.append(output)
-    return torch.cat(outputs, dim=1).to(x.dtype), state if output_final_state else None
+        output, state = SelectiveScan.apply(*prepared(x, step, A, key, query, documents, initial_state))
+    return output.to(x.dtype), state if output_final_state else None
 
 
-def prepared(x, step, A, key, query, documents, state) -> tuple[torch.Tensor, ...]:
-    """Everything wide; steps of 0 at padding; and whether the state goes on at each token
-    [batch, length, 1], None where it always does."""
+def prepared(x, step, A, key, query, documents, state) -> tuple[torch.Tensor | None, ...]:
+    """Everything wide: A, the initial state, what is added, steps of 0 at padding, key, query; and whether the state
+    goes on at each token [batch, length, 1], None where it always does."""
     wide = torch.promote_types(x.dtype, torch.float32)
     x, step, A, key, query = (tensor.to(wide) for tensor in (x, step, A, key, query))
     keep = None
@@ -60,36 +53,106 @@ def prepared(x, step, A, key, query, documents, state) -> tuple[torch.Tensor, ..
         keep = (document.diff(dim=1, prepend=torch.ones_like(document[:, :1])) == 0)[..., None].to(wide)
     if state is None:
         state = x.new_zeros(len(x), *A.shape)
-    return x, step, A, key, query, keep, state
+    return A, state, step * x, step, key, query, keep
 
 
-def left(step: torch.Tensor, A: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
-    """[..., states, channels] of what is left of a state after `step` [..., channels]."""
-    decay = torch.exp(step[..., None, :] * A)
-    return decay if keep is None else decay * keep[..., None]
+class Blocks:
+    """A sequence cut into blocks of rows of steps; what is made of a block takes the place of what was made of another.
+
+    A block works in two turns, each a loop over the steps of all its rows at once: first what a row adds up by itself,
+    which gives the states between rows, then all steps again from there.
+    """
+
+    def __init__(self, A, added, step, key, query, keep):
+        self.A, self.length = A, added.shape[1]
+        self.size = min(SIZE, self.length)
+        self.rows = min(ROWS, -(-self.length // self.size))
+        self.added, self.step = (self.cut(tensor)[..., None, :] for tensor in (added, step))
+        self.key, self.query = (self.cut(tensor)[..., None] for tensor in (key, query))
+        self.keep = None if keep is None else self.cut(keep, value=1.0)[..., None]
+        shape = self.size, len(added), self.rows, *A.shape
+        self.decay, self.states = A.new_empty(shape), A.new_empty(shape)
+        self.across, self.alone, self.before = (A.new_empty(shape[1:]) for _ in range(3))
+
+    def cut(self, tensor: torch.Tensor, value: float = 0.0) -> torch.Tensor:
+        """[batch, length, n] -> [blocks, size, batch, rows, n]; past the end are steps of 0 that go on."""
+        if pad := -self.length % (self.size * self.rows):
+            tensor = F.pad(tensor, (0, 0, 0, pad), value=value)
+        return tensor.unflatten(1, (-1, self.rows, self.size)).permute(1, 3, 0, 2, 4)
+
+    def joined(self, pieces: list[torch.Tensor]) -> torch.Tensor:
+        """[size, batch, rows, 1, n] of each block -> [batch, length, n]."""
+        return torch.stack(pieces).squeeze(-2).permute(2, 0, 3, 1, 4).flatten(1, 3)[:, : self.length]
+
+    def run(self, n: int, state: torch.Tensor) -> torch.Tensor:
+        """Fill `states` with those after each step of block n; the last one."""
+        torch.mul(self.step[n], self.A, out=self.decay).exp_()
+        torch.mul(self.step[n].sum(0), self.A, out=self.across).exp_()
+        if self.keep is not None:
+            self.decay.mul_(self.keep[n])
+            self.across.mul_(self.keep[n].prod(0))
+        steps = list(zip(self.decay, self.key[n], self.added[n], self.states, strict=True))
+        _, key, added, _ = steps[0]
+        alone = torch.mul(key, added, out=self.alone)
+        for decay, key, added, _ in steps[1:]:
+            alone.mul_(decay).addcmul_(key, added)
+        for row in range(self.rows):
+            self.before[:, row] = state
+            state = torch.addcmul(alone[:, row], self.across[:, row], state)
+        held = self.before
+        for decay, key, added, into in steps:
+            held = torch.mul(decay, held, out=into).addcmul_(key, added)
+        return state
+
+    def run_back(self, n: int, grad: torch.Tensor, grads: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
+        """Fill `grads` with the gradient of the state after each step, given those of the outputs, `grad`, and of the
+        last state, `later`; that of the state before the block. After `run`, in the same two turns from the end."""
+        steps = list(zip(self.decay, self.query[n], grad, grads, strict=True))[::-1]
+        decay, query, of_output, _ = steps[0]
+        alone = torch.mul(query, of_output, out=self.alone).mul_(decay)
+        for decay, query, of_output, _ in steps[1:]:
+            alone.addcmul_(query, of_output).mul_(decay)
+        for row in reversed(range(self.rows)):
+            self.before[:, row] = later
+            later = torch.addcmul(alone[:, row], self.across[:, row], later)
+        held = self.before
+        for decay, query, of_output, into in steps:
+            torch.mul(torch.addcmul(held, query, of_output, out=into), decay, out=held)
+        return later
 
 
-def scan_block(A, state, added, step, key, query, keep=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out [batch, length, channels], the state at the end) of a few tokens. The block is cut into rows of STRIDE
-    steps: first what each row adds up by itself, then the states at the starts of rows, then all steps again from
-    there."""
-    length, size = added.shape[1], min(STRIDE, added.shape[1])
-    pad = -length % size
-    if pad:  # steps of 0 that go on
-        added, step, key, query = (F.pad(tensor, (0, 0, 0, pad)) for tensor in (added, step, key, query))
-        keep = None if keep is None else F.pad(keep, (0, 0, 0, pad), value=1.0)
-    added, step, key, query = (tensor.unflatten(1, (-1, size)) for tensor in (added, step, key, query))
-    keep = None if keep is None else keep.unflatten(1, (-1, size))
-    across = left(step.sum(2), A, None if keep is None else keep.prod(2))  # [batch, rows, states, channels]
-    goes_on = (None,) * size if keep is None else keep.unbind(2)
-    decays = [left(of_step, A, on) for of_step, on in zip(step.unbind(2), goes_on, strict=True)]
-    inputs = [k[..., None] * x[..., None, :] for k, x in zip(key.unbind(2), added.unbind(2), strict=True)]
-    states = inputs[0]
-    for n in range(1, size):
-        states = torch.addcmul(inputs[n], decays[n], states)
-    states, state = carry(states, across, state)
-    outputs = []
-    for n in range(size):
-        states = torch.addcmul(inputs[n], decays[n], states)
-        outputs.append((query[:, :, n, None, :] @ states).squeeze(-2))
-    return torch.stack(outputs, dim=2).flatten(1, 2)[:, :length], state
+class SelectiveScan(torch.autograd.Function):
+    """(output, final state). Of all states, only those between blocks are kept for backward, which makes the others
+    again."""
+
+    @staticmethod
+    def forward(ctx, A, state, *sequences):
+        blocks, outputs, starts = Blocks(A, *sequences), [], []
+        for n, query in enumerate(blocks.query):
+            starts.append(state)
+            state = blocks.run(n, state)
+            outputs.append(query.transpose(-1, -2) @ blocks.states)
+        ctx.save_for_backward(A, *sequences, *starts)
+        return blocks.joined(outputs), state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, later):
+        A, *sequences = ctx.saved_tensors[:6]
+        with torch.autocast(grad.device.type, enabled=False):
+            blocks, of_A, found = Blocks(A, *sequences), torch.zeros_like(A), []
+            grads = torch.empty_like(blocks.states)
+            grad = blocks.cut(grad)[..., None, :]
+            over_states, over_steps = A.new_ones(1, len(A)), A.new_ones(1, blocks.states[..., 0, 0].numel())
+            for n in reversed(range(len(grad))):
+                blocks.run(n, ctx.saved_tensors[6 + n])
+                of_query = grad[n] @ blocks.states.transpose(-1, -2)
+                later = blocks.run_back(n, grad[n], grads, later)
+                of_key = blocks.added[n] @ grads.transpose(-1, -2)
+                of_added = blocks.key[n].transpose(-1, -2) @ grads
+                # of the exponents: what was left of the state before, times the gradient of the state after
+                powers = blocks.states.addcmul_(blocks.key[n], blocks.added[n], value=-1).mul_(grads)
+                of_step = over_states @ torch.mul(powers, A, out=grads)
+                of_A += (over_steps @ powers.mul_(blocks.step[n]).flatten(0, 2).flatten(1)).view_as(A)
+                found.append((of_added, of_step, of_key, of_query))
+        return of_A, later, *(blocks.joined(pieces[::-1]) for pieces in zip(*found, strict=True)), None
