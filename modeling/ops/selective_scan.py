@@ -70,19 +70,19 @@ class Blocks:
         self.added, self.step = (self.cut(tensor)[..., None, :] for tensor in (added, step))
         self.key, self.query = (self.cut(tensor)[..., None] for tensor in (key, query))
         self.keep = None if keep is None else self.cut(keep, value=1.0)[..., None]
-        shape = self.size, len(added), self.rows, *A.shape
+        shape = self.size, self.rows, len(added), *A.shape
         self.decay, self.states = A.new_empty(shape), A.new_empty(shape)
         self.across, self.alone, self.before = (A.new_empty(shape[1:]) for _ in range(3))
 
     def cut(self, tensor: torch.Tensor, value: float = 0.0) -> torch.Tensor:
-        """[batch, length, n] -> [blocks, size, batch, rows, n]; past the end are steps of 0 that go on."""
+        """[batch, length, n] -> [blocks, size, rows, batch, n]; past the end are steps of 0 that go on."""
         if pad := -self.length % (self.size * self.rows):
             tensor = F.pad(tensor, (0, 0, 0, pad), value=value)
-        return tensor.unflatten(1, (-1, self.rows, self.size)).permute(1, 3, 0, 2, 4)
+        return tensor.unflatten(1, (-1, self.rows, self.size)).permute(1, 3, 2, 0, 4)
 
     def joined(self, pieces: list[torch.Tensor]) -> torch.Tensor:
-        """[size, batch, rows, 1, n] of each block -> [batch, length, n]."""
-        return torch.stack(pieces).squeeze(-2).permute(2, 0, 3, 1, 4).flatten(1, 3)[:, : self.length]
+        """[size, rows, batch, 1, n] of each block -> [batch, length, n]."""
+        return torch.stack(pieces).squeeze(-2).permute(3, 0, 2, 1, 4).flatten(1, 3)[:, : self.length]
 
     def run(self, n: int, state: torch.Tensor) -> torch.Tensor:
         """Fill `states` with those after each step of block n; the last one."""
@@ -96,13 +96,10 @@ class Blocks:
         alone = torch.mul(key, added, out=self.alone)
         for decay, key, added, _ in steps[1:]:
             alone.mul_(decay).addcmul_(key, added)
-        for row in range(self.rows):
-            self.before[:, row] = state
-            state = torch.addcmul(alone[:, row], self.across[:, row], state)
-        held = self.before
+        held = self.carry(range(self.rows), state)
         for decay, key, added, into in steps:
             held = torch.mul(decay, held, out=into).addcmul_(key, added)
-        return state
+        return held[-1].clone()
 
     def run_back(self, n: int, grad: torch.Tensor, grads: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
         """Fill `grads` with the gradient of the state after each step, given those of the outputs, `grad`, and of the
@@ -112,13 +109,17 @@ class Blocks:
         alone = torch.mul(query, of_output, out=self.alone).mul_(decay)
         for decay, query, of_output, _ in steps[1:]:
             alone.addcmul_(query, of_output).mul_(decay)
-        for row in reversed(range(self.rows)):
-            self.before[:, row] = later
-            later = torch.addcmul(alone[:, row], self.across[:, row], later)
-        held = self.before
+        held = self.carry(range(self.rows)[::-1], later)
         for decay, query, of_output, into in steps:
             torch.mul(torch.addcmul(held, query, of_output, out=into), decay, out=held)
-        return later
+        return held[0].clone()
+
+    def carry(self, rows: range, state: torch.Tensor) -> torch.Tensor:
+        """What comes to each row from the one before it, by what rows do alone."""
+        self.before[rows[0]] = state
+        for row, following in zip(rows, rows[1:], strict=False):
+            torch.addcmul(self.alone[row], self.across[row], self.before[row], out=self.before[following])
+        return self.before
 
 
 class SelectiveScan(torch.autograd.Function):
@@ -138,14 +139,15 @@ class SelectiveScan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, later):
-        A, *sequences = ctx.saved_tensors[:6]
+        A, *kept = ctx.saved_tensors
+        sequences, starts = kept[:5], kept[5:]
         with torch.autocast(grad.device.type, enabled=False):
             blocks, of_A, found = Blocks(A, *sequences), torch.zeros_like(A), []
             grads = torch.empty_like(blocks.states)
             grad = blocks.cut(grad)[..., None, :]
             over_states, over_steps = A.new_ones(1, len(A)), A.new_ones(1, blocks.states[..., 0, 0].numel())
             for n in reversed(range(len(grad))):
-                blocks.run(n, ctx.saved_tensors[6 + n])
+                blocks.run(n, starts[n])
                 of_query = grad[n] @ blocks.states.transpose(-1, -2)
                 later = blocks.run_back(n, grad[n], grads, later)
                 of_key = blocks.added[n] @ grads.transpose(-1, -2)
