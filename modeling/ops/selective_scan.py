@@ -73,6 +73,8 @@ class Blocks:
         shape = self.size, self.rows, len(added), *A.shape
         self.decay, self.states = A.new_empty(shape), A.new_empty(shape)
         self.across, self.alone, self.before = (A.new_empty(shape[1:]) for _ in range(3))
+        self.of_step = self.decay.unbind(0), self.states.unbind(0)
+        self.of_row = [tensor.unbind(0) for tensor in (self.alone, self.across, self.before)]
 
     def cut(self, tensor: torch.Tensor, value: float = 0.0) -> torch.Tensor:
         """[batch, length, n] -> [blocks, size, rows, batch, n]; past the end are steps of 0 that go on."""
@@ -91,7 +93,8 @@ class Blocks:
         if self.keep is not None:
             self.decay.mul_(self.keep[n])
             self.across.mul_(self.keep[n].prod(0))
-        steps = list(zip(self.decay, self.key[n], self.added[n], self.states, strict=True))
+        decays, states = self.of_step
+        steps = list(zip(decays, self.key[n], self.added[n], states, strict=True))
         _, key, added, _ = steps[0]
         alone = torch.mul(key, added, out=self.alone)
         for decay, key, added, _ in steps[1:]:
@@ -104,7 +107,7 @@ class Blocks:
     def run_back(self, n: int, grad: torch.Tensor, grads: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
         """Fill `grads` with the gradient of the state after each step, given those of the outputs, `grad`, and of the
         last state, `later`; that of the state before the block. After `run`, in the same two turns from the end."""
-        steps = list(zip(self.decay, self.query[n], grad, grads, strict=True))[::-1]
+        steps = list(zip(self.of_step[0], self.query[n], grad, grads, strict=True))[::-1]
         decay, query, of_output, _ = steps[0]
         alone = torch.mul(query, of_output, out=self.alone).mul_(decay)
         for decay, query, of_output, _ in steps[1:]:
@@ -116,9 +119,10 @@ class Blocks:
 
     def carry(self, rows: range, state: torch.Tensor) -> torch.Tensor:
         """What comes to each row from the one before it, by what rows do alone."""
-        self.before[rows[0]] = state
+        alone, across, before = self.of_row
+        before[rows[0]].copy_(state)
         for row, following in zip(rows, rows[1:], strict=False):
-            torch.addcmul(self.alone[row], self.across[row], self.before[row], out=self.before[following])
+            torch.addcmul(alone[row], across[row], before[row], out=before[following])
         return self.before
 
 
