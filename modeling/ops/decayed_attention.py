@@ -41,9 +41,10 @@ def recurrent_decayed_attention(
 
 
 def fla_decayed_attention(simple_gla, query, key, value, log_decay, **options):
-    """flash-linear-attention's kernel has a key for each head, and a scale of its own."""
+    """flash-linear-attention's kernel has a key for each head, one type for all three, and a scale of its own."""
     query, key = (x.repeat_interleave(value.shape[2] // x.shape[2], dim=2) for x in (query, key))
-    return simple_gla(query, key, value, log_decay, scale=1.0, **options)
+    output, state = simple_gla(query, key, value.to(query.dtype), log_decay, scale=1.0, **options)
+    return output.to(value.dtype), state
 
 
 @accelerated("fla.ops.simple_gla:chunk_simple_gla", adapt=fla_decayed_attention)

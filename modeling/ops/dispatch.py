@@ -10,13 +10,14 @@ import torch
 from .documents import find_documents
 
 
-def accelerated(kernel: str, adapt: Callable | None = None) -> Callable[[Callable], Callable]:
+def accelerated(kernel: str, adapt: Callable | None = None, packs: bool = True) -> Callable[[Callable], Callable]:
     """Hand a call to `kernel` ("package.module:function") when its tensors are on a GPU and the package is there.
 
     The decorated torch function is the definition: tensors [batch, length, ...] positional, options keyword-only and
     named as in the kernel, the same answer (output, final_state) on any device. `documents`, which kernels do not know,
-    become a packed row and its `cu_seqlens`. `adapt(kernel, ...)` calls a kernel that wants its arguments in another
-    form. `HF_ARCH_KERNELS=0` turns every kernel off.
+    become a packed row and its `cu_seqlens`, where the kernel `packs`. `adapt(kernel, ...)` calls a kernel that wants
+    its arguments in another form; it answers NotImplemented to what the kernel cannot do, which the torch function then
+    does. `HF_ARCH_KERNELS=0` turns every kernel off.
     """
 
     @functools.cache
@@ -32,10 +33,13 @@ def accelerated(kernel: str, adapt: Callable | None = None) -> Callable[[Callabl
         @functools.wraps(torch_op)
         def call(query: torch.Tensor, *args, documents=None, **options):
             wanted = query.is_cuda and query.dtype != torch.float64 and os.environ.get("HF_ARCH_KERNELS", "1") != "0"
-            found = find() if wanted else None
-            if found is None:
-                return torch_op(query, *args, documents=documents, **options)
-            return on_packed_rows(found, query, *args, documents=documents, **options)
+            found, answer = find() if wanted else None, NotImplemented
+            if found is not None:
+                run = functools.partial(on_packed_rows, found) if packs else found
+                answer = run(query, *args, documents=documents, **options)
+            if answer is NotImplemented:
+                answer = torch_op(query, *args, documents=documents, **options)
+            return answer
 
         return call
 

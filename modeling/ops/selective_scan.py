@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from .dispatch import accelerated
 from .documents import document_runs
 
 SIZE, ROWS = 4, 8  # steps made one after another, and how many such rows lie side by side: what stays in a cache
@@ -34,6 +35,23 @@ def recurrent_selective_scan(x, step, A, key, query, *, documents=None, initial_
     return output.to(x.dtype), state if output_final_state else None
 
 
+def mamba_selective_scan(
+    selective_scan, x, step, A, key, query, *, documents=None, initial_state=None, output_final_state=False
+):
+    """mamba-ssm's kernel has time last. It begins with no state, knows no documents but padding, and lets no gradient
+    through its final state."""
+    trained = output_final_state and torch.is_grad_enabled()
+    if trained or initial_state is not None or (documents is not None and documents.max() > 1):
+        return NotImplemented
+    if documents is not None:
+        step = step * (documents > 0)[..., None]
+    added, step, key, query = (tensor.float().mT.contiguous() for tensor in (x, step, key, query))
+    found = selective_scan(added, step, A.float().T.contiguous(), key, query, return_last_state=output_final_state)
+    output, state = found if output_final_state else (found, None)
+    return output.mT.to(x.dtype), None if state is None else state.mT
+
+
+@accelerated("mamba_ssm.ops.selective_scan_interface:selective_scan_fn", adapt=mamba_selective_scan, packs=False)
 def chunk_selective_scan(x, step, A, key, query, *, documents=None, initial_state=None, output_final_state=False):
     """The same answer a block at a time, steps of a block side by side."""
     with torch.autocast(x.device.type, enabled=False):
