@@ -9,11 +9,13 @@ paper, [batch, length, states]; state [batch, states, channels], in float32 at l
 belongs to document 1.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from .dispatch import accelerated
+from .dispatch import accelerated, compiled
 from .documents import document_runs
 
 SIZE, ROWS = 4, 8  # steps made one after another, and how many such rows lie side by side: what stays in a cache
@@ -144,19 +146,55 @@ class Blocks:
         return self.before
 
 
+def run_blocks(A, state, *sequences) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """The output, the final state, and the states at the starts of blocks."""
+    blocks, outputs, starts = Blocks(A, *sequences), [], []
+    for n, query in enumerate(blocks.query):
+        starts.append(state)
+        state = blocks.run(n, state)
+        outputs.append(query.transpose(-1, -2) @ blocks.states)
+    return blocks.joined(outputs), state, starts
+
+
+def run_compiled(code, A, state, *sequences) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """The same by the machine code of `steps_in_order`, which is of blocks of one size."""
+    length, outputs, starts = sequences[0].shape[1], [], []
+    A, state, pad = A.T.contiguous(), state.mT.contiguous(), (0, 0, 0, -length % BLOCK)
+    *sequences, keep = sequences
+    sequences = [F.pad(tensor, pad) for tensor in sequences]
+    keep = None if keep is None else F.pad(keep, pad, value=1.0)
+    for start in range(0, length, BLOCK):
+        starts.append(state.mT)
+        piece = [None if tensor is None else tensor[:, start : start + BLOCK] for tensor in (*sequences, keep)]
+        output, state = code(A, state, *piece)
+        outputs.append(output)
+    return torch.cat(outputs, dim=1)[:, :length], state.mT, starts
+
+
+def steps_in_order(A, state, added, step, key, query, keep=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """A few steps one after another, to be compiled: with the states of a channel side by side, all that is made of it
+    stays in registers. `A` and `state` are [..., channels, states]."""
+    outputs = []
+    for t in range(added.shape[1]):
+        decay = torch.exp(step[:, t, :, None] * A)
+        if keep is not None:
+            decay = decay * keep[:, t, :, None]
+        state = decay * state + added[:, t, :, None] * key[:, t, None]
+        outputs.append((state * query[:, t, None]).sum(-1))
+    return torch.stack(outputs, dim=1), state
+
+
 class SelectiveScan(torch.autograd.Function):
     """(output, final state). Of all states, only those between blocks are kept for backward, which makes the others
     again."""
 
     @staticmethod
     def forward(ctx, A, state, *sequences):
-        blocks, outputs, starts = Blocks(A, *sequences), [], []
-        for n, query in enumerate(blocks.query):
-            starts.append(state)
-            state = blocks.run(n, state)
-            outputs.append(query.transpose(-1, -2) @ blocks.states)
+        code = compiled(steps_in_order, A)
+        run = run_blocks if code is None else functools.partial(run_compiled, code)
+        output, state, starts = run(A, state, *sequences)
         ctx.save_for_backward(A, *sequences, *starts)
-        return blocks.joined(outputs), state
+        return output, state
 
     @staticmethod
     @once_differentiable
