@@ -83,9 +83,9 @@ class Blocks:
     which gives the states between rows, then all steps again from there.
     """
 
-    def __init__(self, A, added, step, key, query, keep):
+    def __init__(self, size, A, added, step, key, query, keep):
         self.A, self.length = A, added.shape[1]
-        self.size = min(SIZE, self.length)
+        self.size = min(size, self.length)
         self.rows = min(ROWS, -(-self.length // self.size))
         self.added, self.step = (self.cut(tensor)[..., None, :] for tensor in (added, step))
         self.key, self.query = (self.cut(tensor)[..., None] for tensor in (key, query))
@@ -146,9 +146,9 @@ class Blocks:
         return self.before
 
 
-def run_blocks(A, state, *sequences) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+def run_blocks(size, A, state, *sequences) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """The output, the final state, and the states at the starts of blocks."""
-    blocks, outputs, starts = Blocks(A, *sequences), [], []
+    blocks, outputs, starts = Blocks(size, A, *sequences), [], []
     for n, query in enumerate(blocks.query):
         starts.append(state)
         state = blocks.run(n, state)
@@ -190,8 +190,9 @@ class SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, A, state, *sequences):
+        ctx.size = 4 * SIZE if torch.compiler.is_compiling() else SIZE  # fewer operations for a compiler to look at
         code = compiled(steps_in_order, A)
-        run = run_blocks if code is None else functools.partial(run_compiled, code)
+        run = functools.partial(run_blocks, ctx.size) if code is None else functools.partial(run_compiled, code)
         output, state, starts = run(A, state, *sequences)
         ctx.save_for_backward(A, *sequences, *starts)
         return output, state
@@ -202,7 +203,7 @@ class SelectiveScan(torch.autograd.Function):
         A, *kept = ctx.saved_tensors
         sequences, starts = kept[:5], kept[5:]
         with torch.autocast(grad.device.type, enabled=False):
-            blocks, of_A, found = Blocks(A, *sequences), torch.zeros_like(A), []
+            blocks, of_A, found = Blocks(ctx.size, A, *sequences), torch.zeros_like(A), []
             grads = torch.empty_like(blocks.states)
             grad = blocks.cut(grad)[..., None, :]
             over_states, over_steps = A.new_ones(1, len(A)), A.new_ones(1, blocks.states[..., 0, 0].numel())
