@@ -23,10 +23,11 @@ def recurrent_convolution(x, weight, bias=None, *, documents=None, initial_state
     for t in range(length):
         before = state if documents is None else state * ~starts[:, t, None, None]
         window = torch.cat((before, x[:, t : t + 1]), dim=1)
-        output = (window * weight.T).sum(1)
+        output = (window * weight.T).sum(1, keepdim=True)
         outputs.append(output if bias is None else output + bias)
         state = window[:, 1:] if documents is None else torch.where(real[:, t, None, None], window[:, 1:], state)
-    return torch.stack(outputs, dim=1), state if output_final_state else None
+    output = torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
+    return output, state if output_final_state else None
 
 
 def causal_convolution(x, weight, bias=None, *, documents=None, initial_state=None, output_final_state=False):

@@ -20,24 +20,27 @@ def recurrent_decayed_attention(
     query, key, value, log_decay, *, documents=None, initial_state=None, output_final_state=False
 ):
     """The definition above, one step at a time. The reference for tests, and the decoding step."""
-    heads, wide = value.shape[2], torch.promote_types(query.dtype, torch.float32)
+    of_group = query.shape[2], value.shape[2] // query.shape[2]
+    wide = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
-        q, k = (x.to(wide).repeat_interleave(heads // x.shape[2], dim=2) for x in (query, key))
-        v, decay, state = value.to(wide), log_decay.to(wide).exp(), initial_state
+        q, k, v, decay = (x.to(wide) for x in (query, key, value, log_decay))
+        v, decay, state = v.unflatten(2, of_group), decay.exp().unflatten(2, of_group), initial_state
         if state is None:
-            state = v.new_zeros(len(v), heads, k.shape[-1], v.shape[-1])
+            state = v.new_zeros(len(v), value.shape[2], k.shape[-1], v.shape[-1])
+        state = state.unflatten(1, of_group)
         if documents is not None:
             real, document = document_runs(documents, query)
             starts = document.diff(dim=1, prepend=torch.ones_like(document[:, :1])) != 0
         outputs = []
         for t in range(q.shape[1]):
-            kept = decay[:, t, :, None, None] * state
+            kept = decay[:, t, ..., None, None] * state
             if documents is not None:
-                kept = kept * ~starts[:, t, None, None, None]
-            after = torch.addcmul(kept, k[:, t, :, :, None], v[:, t, :, None, :])
-            state = after if documents is None else torch.where(real[:, t, None, None, None], after, state)
-            outputs.append((q[:, t, :, None, :] @ state).squeeze(-2))
-    return torch.stack(outputs, dim=1).to(value.dtype), state if output_final_state else None
+                kept = kept * ~starts[:, t, None, None, None, None]
+            after = torch.addcmul(kept, k[:, t, :, None, :, None], v[:, t, ..., None, :])
+            state = after if documents is None else torch.where(real[:, t, None, None, None, None], after, state)
+            outputs.append(q[:, t, :, None, None] @ state)
+        output = torch.stack(outputs, dim=1).flatten(2, 3).squeeze(-2)
+    return output.to(value.dtype), state.flatten(1, 2) if output_final_state else None
 
 
 def fla_decayed_attention(simple_gla, query, key, value, log_decay, **options):

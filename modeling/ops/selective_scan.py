@@ -26,14 +26,15 @@ def recurrent_selective_scan(x, step, A, key, query, *, documents=None, initial_
     """The definition above, one step at a time. The reference for tests, and the decoding step."""
     with torch.autocast(x.device.type, enabled=False):
         A, state, added, step, key, query, keep = prepared(x, step, A, key, query, documents, initial_state)
-        outputs = []
+        key, outputs = key.mT, []
         for t in range(x.shape[1]):
-            decay = torch.exp(step[:, t, None] * A)
+            now = slice(t, t + 1)
+            decay = torch.exp(step[:, now] * A)
             if keep is not None:
-                decay = decay * keep[:, t, :, None]
-            state = torch.addcmul(decay * state, key[:, t, :, None], added[:, t, None, :])
-            outputs.append((query[:, t, None, :] @ state).squeeze(-2))
-    output = outputs[0][:, None] if len(outputs) == 1 else torch.stack(outputs, dim=1)
+                decay = decay * keep[:, now]
+            state = torch.addcmul(decay * state, key[..., now], added[:, now])
+            outputs.append(query[:, now] @ state)
+    output = torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
     return output.to(x.dtype), state if output_final_state else None
 
 

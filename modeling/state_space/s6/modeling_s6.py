@@ -70,7 +70,7 @@ class S6(Mixer):
         output, state = carry_on(forms, memory, "state", tensors, documents=documents)
         if memory is not None:
             memory.write(hidden_states.shape[1], **convolved, **state)
-        return self.out_proj((output + x * self.D).to(gate.dtype) * F.silu(gate))
+        return self.out_proj(torch.addcmul(output, x, self.D).to(gate.dtype) * F.silu(gate))
 
 
 class ArchS6Model(Backbone):

@@ -90,7 +90,7 @@ class SSD(Mixer):
         if memory is not None:
             memory.write(hidden_states.shape[1], **convolved, **state)
 
-        output = (output + x * self.D[:, None]).flatten(-2).to(gate.dtype)
+        output = torch.addcmul(output, x, self.D[:, None]).flatten(-2).to(gate.dtype)
         return self.out_proj(self.norm(output * F.silu(gate)))
 
 
