@@ -10,6 +10,7 @@ document starts, an initial state belongs to document 1.
 """
 
 import torch
+import torch.nn.functional as F
 
 from .dispatch import accelerated
 from .documents import document_runs
@@ -62,16 +63,19 @@ def chunk_decayed_attention(
         within, into, out_of, across = fading(log_decay.to(wide), documents, size)
         if documents is not None:
             value = value * (documents > 0)[..., None, None]
-        q, k, v = (in_chunks(x.to(wide), size) for x in (query, key, value))
-        of_group = groups, heads // groups
-        scores = (q @ k.transpose(-1, -2))[:, :, :, None] * within.unflatten(2, of_group)
+        of_group, pad = (groups, heads // groups), -length % size
+        q, k = (in_chunks(x.to(wide), size) for x in (query, key))
+        v = F.pad(value.to(wide), (0, 0, 0, 0, 0, pad)) if pad else value.to(wide)
+        v = v.unflatten(1, (-1, size))  # [batch, chunks, size, heads, dim], as it lies; what it is scaled by follows it
+        into, out_of = into.transpose(2, 3), out_of.transpose(2, 3)
         # What the heads of a group take in by the same keys lies side by side: [key_dim, size] @ [size, heads * dim]
-        beside = (v * out_of).unflatten(2, of_group).transpose(3, 4).flatten(-2)
+        beside = (v * out_of).unflatten(3, of_group).flatten(-2).transpose(2, 3)
         added = (k.transpose(-1, -2) @ beside).unflatten(-1, (-1, dim))
         state = None if initial_state is None else initial_state.unflatten(1, of_group).transpose(2, 3)
         before, state = carry(added, across.unflatten(2, of_group).transpose(3, 4), state)
-        carried = (q @ before.flatten(-2)).unflatten(-1, (-1, dim)).transpose(3, 4).flatten(2, 3) * into
-        output = torch.baddbmm(carried.flatten(0, 2), scores.flatten(0, 3), v.flatten(0, 2)).view_as(carried)
-        output = output.transpose(2, 3).flatten(1, 2)[:, :length]
+        carried = (q @ before.flatten(-2)).transpose(2, 3).reshape(v.shape) * into
+        scores = ((q @ k.transpose(-1, -2))[:, :, :, None] * within.unflatten(2, of_group)).flatten(2, 3)
+        output = carried + (scores @ v.transpose(2, 3)).transpose(2, 3)
+        output = output.flatten(1, 2)[:, :length]
         state = state.transpose(2, 3).flatten(1, 2) if output_final_state else None
     return output.to(value.dtype), state
