@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from hf_arch.modeling.ops import dispatch
 from hf_arch.modeling.ops.convolution import causal_convolution, chunk_convolution, recurrent_convolution
 from hf_arch.modeling.ops.decayed_attention import chunk_decayed_attention, recurrent_decayed_attention
 from hf_arch.modeling.ops.delta_rule import chunk_delta_rule, recurrent_delta_rule
@@ -198,3 +199,35 @@ def test_extreme_decays_are_no_trouble(op, far):
     assert_close(state, expected_state, atol=1e-3, rtol=1e-4)
     if op.decays is not None:
         assert torch.autograd.grad(output.sum(), tensors[op.decays])[0].isfinite().all()
+
+
+@pytest.mark.parametrize("length", [1, 31, 65])
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_is_compiled_gives_the_same(length, packed, monkeypatch):
+    """Uncompiled here: a compiler takes its time."""
+    op, documents = OPS["selective_scan"], some_documents(length) if packed else None
+    tensors = [x.requires_grad_() for x in op.tensors(length)]
+    state = torch.randn(BATCH, *op.state, dtype=torch.float64)
+
+    def answer():
+        output, last = op.parallel(*tensors, initial_state=state, documents=documents, output_final_state=True)
+        return output, last, *torch.autograd.grad(output.square().sum() + last.square().sum(), tensors)
+
+    expected, made = answer(), []
+    monkeypatch.setenv("HF_ARCH_COMPILE", "1")
+    monkeypatch.setattr(dispatch, "can_compile", lambda: True)
+    monkeypatch.setattr(dispatch, "machine_code", lambda function: made.append(function) or function)
+    assert_close(answer(), expected, atol=1e-10, rtol=1e-9)
+    assert made
+
+
+def test_where_nothing_can_be_compiled_a_warning_says_so(monkeypatch):
+    def fails(function):
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setenv("HF_ARCH_COMPILE", "1")
+    monkeypatch.setattr(torch, "compile", fails)
+    dispatch.can_compile.cache_clear()
+    with pytest.warns(UserWarning, match="No working C"):
+        assert dispatch.compiled(print, torch.zeros(1)) is None
+    dispatch.can_compile.cache_clear()

@@ -1,10 +1,13 @@
 """What only retention promises, beside `test_recurrences.py`, and how an op is handed to a kernel."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.testing import assert_close
 
-from hf_arch.modeling.ops.dispatch import on_packed_rows
+from hf_arch.modeling.ops.dispatch import accelerated, on_packed_rows
 from hf_arch.modeling.ops.retention import chunk_retention, recurrent_retention, retention_decay
 
 
@@ -59,3 +62,27 @@ def test_a_kernel_that_knows_only_cu_seqlens_gives_the_same():
         output, final_state = on_packed_rows(kernel, *inputs, **options)
         assert_close(output, expected * (documents > 0)[..., None, None], atol=1e-12, rtol=1e-10)
         assert_close(final_state, expected_state, atol=1e-12, rtol=1e-10)
+
+
+def test_what_a_kernel_declines_the_torch_function_does(monkeypatch):
+    """With a stand-in for a tensor on a GPU."""
+    calls = []
+
+    def kernel(query, scale):
+        return query.values * scale
+
+    def adapt(kernel, query, *, documents=None, scale=1):
+        calls.append("kernel")
+        return NotImplemented if documents is not None else kernel(query, scale)
+
+    def torch_function(query, *, documents=None, scale=1):
+        calls.append("torch")
+        return query.values * scale
+
+    monkeypatch.setitem(sys.modules, "some_kernels", SimpleNamespace(kernel=kernel))
+    op = accelerated("some_kernels:kernel", adapt=adapt, packs=False)(torch_function)
+    query = SimpleNamespace(is_cuda=True, dtype=torch.float32, values=3)
+    assert op(query, scale=2) == 6 and calls == ["kernel"]
+    assert op(query, documents=[1], scale=2) == 6 and calls == ["kernel", "kernel", "torch"]
+    monkeypatch.setenv("HF_ARCH_KERNELS", "0")
+    assert op(query) == 3 and calls[3:] == ["torch"]

@@ -11,7 +11,12 @@ from transformers import MambaConfig, MambaForCausalLM, MambaModel
 
 from hf_arch import find
 from hf_arch.convert import convert
-from hf_arch.modeling.ops.selective_scan import BLOCK, chunk_selective_scan
+from hf_arch.modeling.ops.selective_scan import (
+    BLOCK,
+    chunk_selective_scan,
+    mamba_selective_scan,
+    recurrent_selective_scan,
+)
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "pad_token_id": None}
 CHOICES = {
@@ -84,3 +89,27 @@ def test_memory_does_not_grow_with_length_times_states():
         output, _ = chunk_selective_scan(x, step.abs(), A, key, query)
     assert sum(saved) < length * channels * states / 4
     output.sum().backward()
+
+
+def test_the_kernel_of_the_authors_is_called_as_it_asks():
+    """With a stand-in of its signature; what it cannot do it declines."""
+
+    def selective_scan_fn(u, delta, A, B, C, D=None, z=None, return_last_state=False):
+        sequences = (u.mT, delta.mT, A.T, B.mT, C.mT)
+        output, state = recurrent_selective_scan(*sequences, output_final_state=True)
+        return (output.mT, state.mT) if return_last_state else output.mT
+
+    x, step = torch.randn(2, 3, 9, 6).unbind(0)
+    A, key, query = -torch.rand(5, 6), torch.randn(3, 9, 5), torch.randn(3, 9, 5)
+    tensors = x, step.abs(), A, key, query
+    padding = (torch.arange(9) >= torch.tensor([[0], [2], [4]])).long()
+    for documents in (None, padding):
+        expected, expected_state = recurrent_selective_scan(*tensors, documents=documents, output_final_state=True)
+        with torch.no_grad():
+            output, state = mamba_selective_scan(
+                selective_scan_fn, *tensors, documents=documents, output_final_state=True
+            )
+        assert_close((output, state), (expected, expected_state))
+        assert_close(mamba_selective_scan(selective_scan_fn, *tensors, documents=documents), (expected, None))
+    for cannot in ({"initial_state": state}, {"documents": padding * 2}, {"output_final_state": True}):
+        assert mamba_selective_scan(selective_scan_fn, *tensors, **cannot) is NotImplemented

@@ -60,6 +60,13 @@ PEERS = (
     ),
     Peer("t5_encoder", "encoder_decoder", "hugging_face:T5Encoder", T5, measures=FORWARD),
     Peer("mamba", "s6", "hugging_face:Mamba", MAMBA, measures=("forward", *DECODE)),  # its backward is quadratic
+    Peer(
+        "mambapy",
+        "s6",
+        "mambapy:Mamba",
+        measures=(*FORWARD, "step"),
+        environment=Environment("mambapy", unaided=("mambapy==1.2.0",)),
+    ),
     Peer("mamba2", "ssd", "hugging_face:Mamba2", MAMBA2),
     Peer("rwkv4", "rwkv", "hugging_face:Rwkv4", RWKV4),
     Peer(

@@ -1,10 +1,14 @@
 from collections.abc import Callable
+from itertools import repeat
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from ..ops.documents import document_pieces
 from .cache import RecurrentCacheLayer
+
+PIECE = 512  # tokens of all rows that a recurrent mixer takes at once on a CPU
 
 
 class Mixer(nn.Module):
@@ -55,3 +59,25 @@ def carry_on(
     form = forms[0] if state is not None and tensors[0].shape[1] == 1 else forms[1]
     output, state = form(*tensors, initial_state=state, output_final_state=memory is not None, **options)
     return output, {} if memory is None else {name: state}
+
+
+def in_pieces(
+    mix: Callable,
+    hidden_states: torch.Tensor,
+    documents: torch.Tensor | None,
+    memory: RecurrentCacheLayer | None,
+) -> torch.Tensor:
+    """mix(hidden_states, documents, memory) a few tokens after another, from state to state: on a CPU, what is made of
+    them stays in the cache, which is several times as fast as the memory. The answer is the same."""
+    batch, length, _ = hidden_states.shape
+    size = max(PIECE // batch, PIECE // 8)
+    if length <= size or hidden_states.device.type != "cpu" or torch.compiler.is_compiling():
+        return mix(hidden_states, documents, memory)
+    passing = RecurrentCacheLayer()
+    if memory is not None and memory.is_initialized:
+        passing.write(0, **memory.states)
+    numbers = repeat(None) if documents is None else document_pieces(documents, size)
+    outputs = [mix(*piece, passing) for piece in zip(hidden_states.split(size, dim=1), numbers, strict=False)]
+    if memory is not None:
+        memory.write(length, **passing.states)
+    return torch.cat(outputs, dim=1)

@@ -26,10 +26,11 @@ def recurrent_convolution(x, weight, bias=None, *, documents=None, initial_state
     for t in range(length):
         before = state if documents is None else state * ~starts[:, t, None, None]
         window = torch.cat((before, x[:, t : t + 1]), dim=1)
-        output = (window * weight.T).sum(1)
+        output = (window * weight.T).sum(1, keepdim=True)
         outputs.append(output if bias is None else output + bias)
         state = window[:, 1:] if documents is None else torch.where(real[:, t, None, None], window[:, 1:], state)
-    return torch.stack(outputs, dim=1), state if output_final_state else None
+    output = torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
+    return output, state if output_final_state else None
 
 
 def causal_convolution(x, weight, bias=None, *, documents=None, initial_state=None, output_final_state=False):
@@ -37,7 +38,9 @@ def causal_convolution(x, weight, bias=None, *, documents=None, initial_state=No
     before, length = weight.shape[1] - 1, x.shape[1]
     x = F.pad(x, (0, 0, before, 0)) if initial_state is None else torch.cat((initial_state.to(x.dtype), x), dim=1)
     if documents is None:
-        y = F.conv1d(x.transpose(1, 2), weight[:, None], bias, groups=len(weight)).transpose(1, 2)
+        # As an image of one line with its channels last: conv1d would copy it to have them first
+        image, kernel = x.transpose(1, 2)[:, :, None], weight[:, None, None]
+        y = F.conv2d(image, kernel, bias, groups=len(weight)).squeeze(2).transpose(1, 2)
         return y, x[:, length:] if output_final_state else None
     documents = F.pad(documents, (before, 0), value=1)  # what came before is of the first document
     real, document = document_runs(documents, x)

@@ -10,6 +10,7 @@ document starts, an initial state belongs to document 1.
 """
 
 import torch
+import torch.nn.functional as F
 
 from .dispatch import accelerated
 from .documents import document_runs
@@ -20,30 +21,34 @@ def recurrent_decayed_attention(
     query, key, value, log_decay, *, documents=None, initial_state=None, output_final_state=False
 ):
     """The definition above, one step at a time. The reference for tests, and the decoding step."""
-    heads, wide = value.shape[2], torch.promote_types(query.dtype, torch.float32)
+    of_group = query.shape[2], value.shape[2] // query.shape[2]
+    wide = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
-        q, k = (x.to(wide).repeat_interleave(heads // x.shape[2], dim=2) for x in (query, key))
-        v, decay, state = value.to(wide), log_decay.to(wide).exp(), initial_state
+        q, k, v, decay = (x.to(wide) for x in (query, key, value, log_decay))
+        v, decay, state = v.unflatten(2, of_group), decay.exp().unflatten(2, of_group), initial_state
         if state is None:
-            state = v.new_zeros(len(v), heads, k.shape[-1], v.shape[-1])
+            state = v.new_zeros(len(v), value.shape[2], k.shape[-1], v.shape[-1])
+        state = state.unflatten(1, of_group)
         if documents is not None:
             real, document = document_runs(documents, query)
             starts = document.diff(dim=1, prepend=torch.ones_like(document[:, :1])) != 0
         outputs = []
         for t in range(q.shape[1]):
-            kept = decay[:, t, :, None, None] * state
+            kept = decay[:, t, ..., None, None] * state
             if documents is not None:
-                kept = kept * ~starts[:, t, None, None, None]
-            after = torch.addcmul(kept, k[:, t, :, :, None], v[:, t, :, None, :])
-            state = after if documents is None else torch.where(real[:, t, None, None, None], after, state)
-            outputs.append((q[:, t, :, None, :] @ state).squeeze(-2))
-    return torch.stack(outputs, dim=1).to(value.dtype), state if output_final_state else None
+                kept = kept * ~starts[:, t, None, None, None, None]
+            after = torch.addcmul(kept, k[:, t, :, None, :, None], v[:, t, ..., None, :])
+            state = after if documents is None else torch.where(real[:, t, None, None, None, None], after, state)
+            outputs.append(q[:, t, :, None, None] @ state)
+        output = torch.stack(outputs, dim=1).flatten(2, 3).squeeze(-2)
+    return output.to(value.dtype), state.flatten(1, 2) if output_final_state else None
 
 
 def fla_decayed_attention(simple_gla, query, key, value, log_decay, **options):
-    """flash-linear-attention's kernel has a key for each head, and a scale of its own."""
+    """flash-linear-attention's kernel has a key for each head, one type for all three, and a scale of its own."""
     query, key = (x.repeat_interleave(value.shape[2] // x.shape[2], dim=2) for x in (query, key))
-    return simple_gla(query, key, value, log_decay, scale=1.0, **options)
+    output, state = simple_gla(query, key, value.to(query.dtype), log_decay, scale=1.0, **options)
+    return output.to(value.dtype), state
 
 
 @accelerated("fla.ops.simple_gla:chunk_simple_gla", adapt=fla_decayed_attention)
@@ -58,16 +63,19 @@ def chunk_decayed_attention(
         within, into, out_of, across = fading(log_decay.to(wide), documents, size)
         if documents is not None:
             value = value * (documents > 0)[..., None, None]
-        q, k, v = (in_chunks(x.to(wide), size) for x in (query, key, value))
-        of_group = groups, heads // groups
-        scores = (q @ k.transpose(-1, -2))[:, :, :, None] * within.unflatten(2, of_group)
+        of_group, pad = (groups, heads // groups), -length % size
+        q, k = (in_chunks(x.to(wide), size) for x in (query, key))
+        v = F.pad(value.to(wide), (0, 0, 0, 0, 0, pad)) if pad else value.to(wide)
+        v = v.unflatten(1, (-1, size))  # [batch, chunks, size, heads, dim], as it lies; what it is scaled by follows it
+        into, out_of = into.transpose(2, 3), out_of.transpose(2, 3)
         # What the heads of a group take in by the same keys lies side by side: [key_dim, size] @ [size, heads * dim]
-        beside = (v * out_of).unflatten(2, of_group).transpose(3, 4).flatten(-2)
+        beside = (v * out_of).unflatten(3, of_group).flatten(-2).transpose(2, 3)
         added = (k.transpose(-1, -2) @ beside).unflatten(-1, (-1, dim))
         state = None if initial_state is None else initial_state.unflatten(1, of_group).transpose(2, 3)
         before, state = carry(added, across.unflatten(2, of_group).transpose(3, 4), state)
-        carried = (q @ before.flatten(-2)).unflatten(-1, (-1, dim)).transpose(3, 4).flatten(2, 3) * into
-        output = torch.baddbmm(carried.flatten(0, 2), scores.flatten(0, 3), v.flatten(0, 2)).view_as(carried)
-        output = output.transpose(2, 3).flatten(1, 2)[:, :length]
+        carried = (q @ before.flatten(-2)).transpose(2, 3).reshape(v.shape) * into
+        scores = ((q @ k.transpose(-1, -2))[:, :, :, None] * within.unflatten(2, of_group)).flatten(2, 3)
+        output = carried + (scores @ v.transpose(2, 3)).transpose(2, 3)
+        output = output.flatten(1, 2)[:, :length]
         state = state.transpose(2, 3).flatten(1, 2) if output_final_state else None
     return output.to(value.dtype), state

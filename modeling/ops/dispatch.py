@@ -1,8 +1,10 @@
-"""One rule decides which implementation of an op runs: the torch source, or a named kernel on a GPU."""
+"""One rule decides which implementation of an op runs: the torch source, a named kernel on a GPU, or machine code that
+torch.compile makes on a CPU."""
 
 import functools
 import importlib
 import os
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -15,9 +17,9 @@ def accelerated(kernel: str, adapt: Callable | None = None, packs: bool = True) 
 
     The decorated torch function is the definition: tensors [batch, length, ...] positional, options keyword-only and
     named as in the kernel, the same answer (output, final_state) on any device. `documents`, which kernels do not know,
-    become a packed row and its `cu_seqlens`; a kernel that `packs` no rows is not asked where there are documents.
-    `adapt(kernel, ...)` calls a kernel that wants its arguments in another form. `HF_ARCH_KERNELS=0` turns every kernel
-    off.
+    become a packed row and its `cu_seqlens`, where the kernel `packs`. `adapt(kernel, ...)` calls a kernel that wants
+    its arguments in another form; it answers NotImplemented to what the kernel cannot do, which the torch function then
+    does. `HF_ARCH_KERNELS=0` turns every kernel off.
     """
 
     @functools.cache
@@ -33,10 +35,13 @@ def accelerated(kernel: str, adapt: Callable | None = None, packs: bool = True) 
         @functools.wraps(torch_op)
         def call(query: torch.Tensor, *args, documents=None, **options):
             wanted = query.is_cuda and query.dtype != torch.float64 and os.environ.get("HF_ARCH_KERNELS", "1") != "0"
-            found = find() if wanted and (packs or documents is None) else None
-            if found is None:
-                return torch_op(query, *args, documents=documents, **options)
-            return on_packed_rows(found, query, *args, documents=documents, **options)
+            found, answer = find() if wanted else None, NotImplemented
+            if found is not None:
+                run = functools.partial(on_packed_rows, found) if packs else found
+                answer = run(query, *args, documents=documents, **options)
+            if answer is NotImplemented:
+                answer = torch_op(query, *args, documents=documents, **options)
+            return answer
 
         return call
 
@@ -60,3 +65,27 @@ def on_packed_rows(kernel: Callable, *tensors, documents=None, initial_state=Non
         after = states.new_zeros(batch, *states.shape[1:]) if initial_state is None else initial_state.to(states.dtype)
         states = after.index_put((found.batch_row[found.last],), states[found.last])
     return packed.unflatten(0, (batch, length)), states
+
+
+def compiled(function: Callable, like: torch.Tensor) -> Callable | None:
+    """The machine code of `function` for tensors on a CPU where `HF_ARCH_COMPILE=1` asks for it, else None. Compiling
+    takes about a minute once; torch keeps the result on disk (`TORCHINDUCTOR_CACHE_DIR`). Where it cannot, as without a
+    C++ compiler, a warning says so."""
+    wanted = os.environ.get("HF_ARCH_COMPILE", "0") != "0" and like.device.type == "cpu"
+    return machine_code(function) if wanted and not torch.compiler.is_compiling() and can_compile() else None
+
+
+@functools.cache
+def machine_code(function: Callable) -> Callable:
+    return torch.compile(function)
+
+
+@functools.cache
+def can_compile() -> bool:
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2))
+    except Exception as error:  # whatever is missing: the uncompiled form gives the same answer
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        warnings.warn(f"HF_ARCH_COMPILE: nothing can be compiled here, ops run as they are: {reason}", stacklevel=3)
+        return False
+    return True

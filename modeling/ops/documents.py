@@ -4,6 +4,7 @@
 one document without padding.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,17 @@ def document_runs(documents: torch.Tensor | None, like: torch.Tensor) -> tuple[t
 def drop_padding(hidden_states: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
     """Zero the padded positions of [batch, length, size], so that they add nothing to a recurrent state."""
     return hidden_states if documents is None else hidden_states * (documents > 0)[..., None]
+
+
+def document_pieces(documents: torch.Tensor, size: int) -> Iterator[torch.Tensor | None]:
+    """`documents` of each `size` tokens, for an op that starts from the state after the piece before: a document that
+    goes on is number 1 again. None where a piece is nothing else."""
+    before = documents.cummax(dim=1).values.clamp(min=1)
+    for start in range(0, documents.shape[1], size):
+        piece = documents[:, start : start + size]
+        if start:
+            piece = (piece - before[:, start - 1 : start] + 1) * (piece > 0)
+        yield None if (piece == 1).all() else piece
 
 
 class Unpacked(NamedTuple):

@@ -39,8 +39,11 @@ def recurrent_wkv(key, value, log_decay, bonus, *, documents=None, initial_state
     return output.to(value.dtype), wkv_state(mean, weight) if output_final_state else None
 
 
-def fla_wkv(kernel, key, value, log_decay, bonus, initial_state, output_final_state):
-    """flash-linear-attention's kernel, whose state is (numerator, denominator, logarithm of what both lack)."""
+def fla_wkv(kernel, key, value, log_decay, bonus, *, documents=None, initial_state=None, output_final_state=False):
+    """flash-linear-attention's kernel, whose state is (numerator, denominator, logarithm of what both lack). It knows
+    neither documents nor padding."""
+    if documents is not None:
+        return NotImplemented
     wide = torch.promote_types(key.dtype, torch.float32)
     if initial_state is None:
         initial_state = key.new_zeros(len(key), 3, key.shape[-1], dtype=wide)

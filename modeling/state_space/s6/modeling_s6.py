@@ -6,7 +6,8 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
-from ...layers.mixer import Mixer, carry_on
+from ...layers.cache import RecurrentCacheLayer
+from ...layers.mixer import Mixer, carry_on, in_pieces
 from ...layers.short_convolution import ShortConvolution
 from ...layers.steps import initial_step_bias
 from ...ops.selective_scan import chunk_selective_scan, recurrent_selective_scan
@@ -55,19 +56,23 @@ class S6(Mixer):
         layer_idx: int = 0,
         **kwargs,
     ) -> torch.Tensor:
-        memory = self.memory(past_key_values, layer_idx)
+        return in_pieces(self.mix, hidden_states, attention_mask, self.memory(past_key_values, layer_idx))
+
+    def mix(
+        self, hidden_states: torch.Tensor, documents: torch.Tensor | None, memory: RecurrentCacheLayer | None
+    ) -> torch.Tensor:
         x, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
-        x, convolved = self.convolution(x, attention_mask, memory)
+        x, convolved = self.convolution(x, documents, memory)
         x = F.silu(x)
         step, key, query = self.x_proj(x).split(self.sizes, dim=-1)
 
         wide = torch.promote_types(x.dtype, torch.float32)
         tensors = x, F.softplus(self.dt_proj(step).to(wide)), -self.A_log.to(wide).exp(), key, query
         forms = recurrent_selective_scan, chunk_selective_scan
-        output, state = carry_on(forms, memory, "state", tensors, documents=attention_mask)
+        output, state = carry_on(forms, memory, "state", tensors, documents=documents)
         if memory is not None:
             memory.write(hidden_states.shape[1], **convolved, **state)
-        return self.out_proj((output + x * self.D).to(gate.dtype) * F.silu(gate))
+        return self.out_proj(torch.addcmul(output, x, self.D).to(gate.dtype) * F.silu(gate))
 
 
 class ArchS6Model(Backbone):

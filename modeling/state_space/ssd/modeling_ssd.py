@@ -6,7 +6,8 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
-from ...layers.mixer import Mixer, carry_on
+from ...layers.cache import RecurrentCacheLayer
+from ...layers.mixer import Mixer, carry_on, in_pieces
 from ...layers.short_convolution import ShortConvolution
 from ...layers.steps import initial_step_bias
 from ...ops.decayed_attention import chunk_decayed_attention, recurrent_decayed_attention
@@ -70,9 +71,13 @@ class SSD(Mixer):
         layer_idx: int = 0,
         **kwargs,
     ) -> torch.Tensor:
-        memory = self.memory(past_key_values, layer_idx)
+        return in_pieces(self.mix, hidden_states, attention_mask, self.memory(past_key_values, layer_idx))
+
+    def mix(
+        self, hidden_states: torch.Tensor, documents: torch.Tensor | None, memory: RecurrentCacheLayer | None
+    ) -> torch.Tensor:
         gate, mixed, step = self.in_proj(hidden_states).split(self.sizes, dim=-1)
-        mixed, convolved = self.convolution(mixed, attention_mask, memory)
+        mixed, convolved = self.convolution(mixed, documents, memory)
         x, key, query = F.silu(mixed).split(self.mixed_sizes, dim=-1)
         key, query = (shared.unflatten(-1, (self.n_groups, -1)) for shared in (key, query))
         x = x.unflatten(-1, (self.num_heads, -1))
@@ -83,11 +88,11 @@ class SSD(Mixer):
             step = step.clamp(*self.step_limit)
         tensors = query, key, x * step[..., None], -step * self.A_log.to(wide).exp()
         forms = recurrent_decayed_attention, chunk_decayed_attention
-        output, state = carry_on(forms, memory, "state", tensors, documents=attention_mask)
+        output, state = carry_on(forms, memory, "state", tensors, documents=documents)
         if memory is not None:
             memory.write(hidden_states.shape[1], **convolved, **state)
 
-        output = (output + x * self.D[:, None]).flatten(-2).to(gate.dtype)
+        output = torch.addcmul(output, x, self.D[:, None]).flatten(-2).to(gate.dtype)
         return self.out_proj(self.norm(output * F.silu(gate)))
 
 
