@@ -151,10 +151,10 @@ ARCHITECTURES = (
         tiny={"state_size": 8, "n_groups": 2, "feed_forward_types": ["none", "gated"]},
     ),
     Architecture(
-        "rwkv",
-        "ArchRWKV",
+        "rwkv4",
+        "ArchRWKV4",
         family="state_space",
-        title="RWKV",
+        title="RWKV-4",
         paper="arXiv:2305.13048",
         lora_targets=("receptance", "key", "value", "output", "gate_proj", "up_proj", "down_proj"),
     ),

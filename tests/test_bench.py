@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_arch import ARCHITECTURES, cli
-from hf_arch.bench import environments, floors, race, report
+from hf_arch.bench import costs, environments, floors, race, report
 from hf_arch.bench.contender import Contender, head_of
 from hf_arch.bench.peers import LLAMA, PEERS, Environment, chosen_peers
 from hf_arch.bench.process import Worker, WorkerFailed, Workers
@@ -44,15 +44,15 @@ def counted(row, span, **fields) -> int:
     return counter.get_total_flops()
 
 
-PASS, STEP = floors.Span(256), floors.Span(1, before=192)  # an encoder makes no steps
+PASS, STEP = costs.Span(256), costs.Span(1, before=192)  # an encoder makes no steps
 COUNTED = [(row, PASS) for row in ARCHITECTURES if head_of(row)]
 COUNTED += [(row, STEP) for row in ARCHITECTURES if head_of(row) == "ForCausalLM"]
 
 
 @pytest.mark.parametrize("row, span", COUNTED, ids=lambda of: getattr(of, "name", None) or f"{of.before}-{of.tokens}")
 def test_floors_count_what_is_computed(row, span, monkeypatch):
-    monkeypatch.setattr(floors, "visible_pairs", lambda span, *kind: span.tokens * (span.before + span.tokens))
-    operations = floors.cost(paper(row), span).operations
+    monkeypatch.setattr(costs, "visible_pairs", lambda span, *kind: span.tokens * (span.before + span.tokens))
+    operations = costs.cost(paper(row), span).operations
     if span.tokens == 1 and "bounded state" not in row.exceptions:  # a step need not be made of matrix products
         assert counted(row, span) <= 1.02 * operations
     else:
@@ -64,22 +64,22 @@ def test_only_pairs_that_are_seen_are_counted():
         positions = range(span.before, span.before + span.tokens)
         return sum(1 for query in positions for key in range(query + 1) if query - key < window)
 
-    for span in (floors.Span(20), floors.Span(1, 30), floors.Span(7, 5)):
-        assert floors.visible_pairs(span) == pairs_by_hand(span, 1000)
-        assert floors.visible_pairs(span, window=9) == pairs_by_hand(span, 9)
-        assert floors.visible_pairs(span, causal=False) == span.tokens * sum(span)
+    for span in (costs.Span(20), costs.Span(1, 30), costs.Span(7, 5)):
+        assert costs.visible_pairs(span) == pairs_by_hand(span, 1000)
+        assert costs.visible_pairs(span, window=9) == pairs_by_hand(span, 9)
+        assert costs.visible_pairs(span, causal=False) == span.tokens * sum(span)
 
 
 def test_layers_that_share_weights_are_as_much_work():
     row = ARCHITECTURES[0]
-    assert floors.cost(paper(row, num_hidden_groups=1), floors.Span(64)).operations == (
-        floors.cost(paper(row), floors.Span(64)).operations
+    assert costs.cost(paper(row, num_hidden_groups=1), costs.Span(64)).operations == (
+        costs.cost(paper(row), costs.Span(64)).operations
     )
 
 
 def test_a_floor_is_the_machines_rates_times_the_work():
     model = paper(ARCHITECTURES[0])
-    work, step = floors.cost(model, floors.Span(128)), floors.cost(model, floors.Span(1, 500))
+    work, step = costs.cost(model, costs.Span(128)), costs.cost(model, costs.Span(1, 500))
     products, exponentials = work.operations / 1e9, work.exponentials / 1e7
     assert floors.floor_seconds(model, "forward", 128, RATES) == pytest.approx(products + exponentials)
     assert floors.floor_seconds(model, "training", 128, RATES) == pytest.approx(3 * products + exponentials)
@@ -96,7 +96,7 @@ def test_a_mixer_without_a_floor_is_named():
         pass
 
     with pytest.raises(TypeError, match="no cost of NewMixer"):
-        floors.cost(NewMixer(None, 0), floors.Span(8))
+        costs.cost(NewMixer(None, 0), costs.Span(8))
 
 
 def test_exponents_are_those_of_the_growth():

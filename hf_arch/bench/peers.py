@@ -68,7 +68,7 @@ PEERS = (
         environment=Environment("mambapy", unaided=("mambapy==1.2.0",)),
     ),
     Peer("mamba2", "ssd", "hugging_face:Mamba2", MAMBA2),
-    Peer("rwkv4", "rwkv", "hugging_face:Rwkv4", RWKV4),
+    Peer("rwkv", "rwkv4", "hugging_face:Rwkv4", RWKV4),
     Peer(
         "rwkv_package",
         "rwkv7",

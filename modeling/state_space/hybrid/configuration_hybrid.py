@@ -10,14 +10,18 @@ from ...skeleton.config import ArchConfig
 from ..h3.configuration_h3 import ArchH3Config
 from ..hyena.configuration_hyena import ArchHyenaConfig
 from ..retnet.configuration_retnet import ArchRetNetConfig
+from ..rwkv4.configuration_rwkv4 import ArchRWKV4Config
+from ..rwkv7.configuration_rwkv7 import ArchRWKV7Config
 from ..s4.configuration_s4 import ArchS4Config
 from ..s6.configuration_s6 import ArchS6Config
 from ..ssd.configuration_ssd import ArchSSDConfig
 
-GUESTS = ArchRetNetConfig, ArchS4Config, ArchH3Config, ArchS6Config, ArchSSDConfig, ArchHyenaConfig
+GUESTS = ArchRetNetConfig, ArchS4Config, ArchH3Config, ArchS6Config, ArchSSDConfig
+GUESTS += ArchRWKV4Config, ArchRWKV7Config, ArchHyenaConfig
 CONFIGS: dict[str, type[ArchConfig]] = {
     kind: config for config in GUESTS for kind in config.layer_kinds if kind in RECURRENT
 }
+FIXED = {"rwkv7": {"value_residual": False}}  # what is no choice for mixers that stand among others
 # What a stack and the mixers in it have in common
 SHARED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
 SHARED += ("norm_eps", "max_position_embeddings", "initializer_range", "hidden_dropout", "attention_dropout")
@@ -56,8 +60,8 @@ class ArchHybridConfig(ArchTransformerConfig):
     def of_mixer(self, kind: str) -> ArchConfig:
         """The config that a mixer of another architecture is built from: the stack's sizes, and its own options."""
         shared = {name: getattr(self, name) for name in SHARED}
-        layers = {"layer_types": [kind] * self.num_hidden_layers}
-        return CONFIGS[kind](**(shared | layers | (self.mixer_options or {}).get(kind, {})))
+        layers = {"layer_types": [kind] * self.num_hidden_layers} | FIXED.get(kind, {})
+        return CONFIGS[kind](**(shared | (self.mixer_options or {}).get(kind, {}) | layers))
 
     def validate_architecture(self):
         if self.direction != "causal":
@@ -70,8 +74,9 @@ class ArchHybridConfig(ArchTransformerConfig):
                 f"{', '.join(sorted(guests)) or 'none'}."
             )
         for kind in guests:
-            if unknown := sorted(set(told.get(kind, {})) - set(CONFIGS[kind].__dataclass_fields__)):
-                raise ValueError(f"mixer_options of {kind} has {', '.join(unknown)}: no field of its config.")
+            choices = set(CONFIGS[kind].__dataclass_fields__) - set(FIXED.get(kind, {})) - {"layer_types"}
+            if unknown := sorted(set(told.get(kind, {})) - choices):
+                raise ValueError(f"mixer_options of {kind} has {', '.join(unknown)}, which is no choice of a mixer.")
             try:
                 self.of_mixer(kind)
             except (ValueError, StrictDataclassError) as error:

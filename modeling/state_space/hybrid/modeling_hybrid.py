@@ -11,12 +11,15 @@ from ...skeleton.laboratory import Laboratory
 from ..h3.modeling_h3 import ArchH3Model
 from ..hyena.modeling_hyena import ArchHyenaModel
 from ..retnet.modeling_retnet import ArchRetNetModel
+from ..rwkv4.modeling_rwkv4 import ArchRWKV4Model
+from ..rwkv7.modeling_rwkv7 import ArchRWKV7Model
 from ..s4.modeling_s4 import ArchS4Model
 from ..s6.modeling_s6 import ArchS6Model
 from ..ssd.modeling_ssd import ArchSSDModel
 from .configuration_hybrid import CONFIGS, ArchHybridConfig
 
-GUESTS = ArchRetNetModel, ArchS4Model, ArchH3Model, ArchS6Model, ArchSSDModel, ArchHyenaModel
+GUESTS = ArchRetNetModel, ArchS4Model, ArchH3Model, ArchS6Model, ArchSSDModel
+GUESTS += ArchRWKV4Model, ArchRWKV7Model, ArchHyenaModel
 MIXERS = {kind: mixer for model in GUESTS for kind, mixer in model.mixers.items() if kind in CONFIGS}
 
 

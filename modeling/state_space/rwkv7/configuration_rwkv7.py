@@ -17,6 +17,8 @@ class ArchRWKV7Config(ArchConfig):
         Ranks of the projections that say how fast memory fades, how much of it is exchanged, how much of the first
         layer's values are mixed in, and what of the answer passes. By default multiples of 32 that grow with the square
         root of `hidden_size`, as the authors suggest.
+    value_residual (`bool`, defaults to `True`):
+        Whether later layers mix the values of the first into their own; not where the mixer stands among others.
     feed_forward_types (`list[str]`, *optional*):
         `"rwkv7_channel_mixing"` by default: a dense feed-forward that also sees the token before.
     """
@@ -33,6 +35,7 @@ class ArchRWKV7Config(ArchConfig):
     a_low_rank_dim: int | None = None
     v_low_rank_dim: int | None = None
     gate_low_rank_dim: int | None = None
+    value_residual: bool = True
 
     def __post_init__(self, **kwargs):
         for name, factor in RANKS.items():

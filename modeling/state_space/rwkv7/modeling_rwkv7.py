@@ -82,7 +82,7 @@ class RWKV7TimeMixing(Mixer):
         super().__init__(config, layer_idx)
         size, self.num_heads = config.hidden_size, config.num_attention_heads
         self.layers = layer_idx, config.num_hidden_layers
-        first = layer_idx == config.layer_types.index(config.layer_types[layer_idx])
+        mixes_values = config.value_residual and layer_idx > 0
         self.shift = TokenShift("time_shift")
         self.mix = nn.Parameter(torch.empty(6, size))  # of r, w, k, v, a, g
         self.r_proj = nn.Linear(size, size, bias=config.attention_bias)
@@ -91,7 +91,7 @@ class RWKV7TimeMixing(Mixer):
         self.o_proj = nn.Linear(size, size, bias=config.attention_bias)
         self.w = LowRank(size, config.decay_low_rank_dim, nn.Tanh())
         self.a = LowRank(size, config.a_low_rank_dim, nn.Identity())
-        self.v = None if first else LowRank(size, config.v_low_rank_dim, nn.Identity())
+        self.v = LowRank(size, config.v_low_rank_dim, nn.Identity()) if mixes_values else None
         self.g = LowRank(size, config.gate_low_rank_dim, nn.Sigmoid(), bias=False)
         self.k_k = nn.Parameter(torch.empty(size))
         self.k_a = nn.Parameter(torch.empty(size))
@@ -160,10 +160,9 @@ class RWKV7TimeMixing(Mixer):
     def value(self, mixed: torch.Tensor, first: FirstValues | None) -> torch.Tensor:
         """The values; those of the first layer are told to later ones."""
         value = self.v_proj(mixed)
-        if first is None:
-            return value
         if self.v is None:
-            first.values = value
+            if first is not None:
+                first.values = value
             return value
         return torch.lerp(value, first.values.to(value.dtype), self.v(mixed).sigmoid())
 

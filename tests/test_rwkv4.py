@@ -47,14 +47,14 @@ def author_names(tensors):
 def test_equals_transformers(name, tmp_path):
     original = theirs(**CHOICES[name]).train()  # in eval it makes a cache, for no width but hidden_size
     original.save_pretrained(tmp_path)
-    assert largest_difference(convert(tmp_path, "rwkv"), original) < 1e-8
+    assert largest_difference(convert(tmp_path, "rwkv4"), original) < 1e-8
 
 
 @pytest.mark.usefixtures("narrows_nowhere")
 def test_a_backbone_alone(tmp_path):
     original = theirs(RwkvModel)
     original.save_pretrained(tmp_path)
-    assert largest_difference(convert(tmp_path, "rwkv", head="Model"), original) < 1e-8
+    assert largest_difference(convert(tmp_path, "rwkv4", head="Model"), original) < 1e-8
 
 
 @pytest.mark.usefixtures("narrows_nowhere")
@@ -62,7 +62,7 @@ def test_what_transformers_rescales_is_the_same_function(tmp_path):
     """It halves in eval, and there the epsilon of a norm is of something smaller; in training it does not."""
     original = theirs(rescale_every=1)
     original.save_pretrained(tmp_path)
-    ours = convert(tmp_path, "rwkv")
+    ours = convert(tmp_path, "rwkv4")
     assert largest_difference(ours, original.train()) < 1e-8
     assert largest_difference(ours, original.eval()) < 1e-3
 
@@ -72,17 +72,17 @@ def test_the_file_of_the_author(tmp_path):
     original = theirs()
     torch.save(author_names(original.state_dict()), tmp_path / "RWKV-4-Pile.pth")
     for source in (tmp_path, tmp_path / "RWKV-4-Pile.pth"):
-        ours = convert(source, "rwkv")
+        ours = convert(source, "rwkv4")
         assert largest_difference(ours, original) < 1e-8
     assert ours.config.num_hidden_layers == 3 and ours.config.intermediate_size == 128
 
 
 def test_files_that_are_of_another_model(tmp_path):
     torch.save({"emb.weight": torch.zeros(3, 4)}, tmp_path / "model.pth")
-    with pytest.raises(NotADirectoryError, match="tells not how large a rwkv is: give the folder"):
-        convert(tmp_path / "model.pth", "rwkv")
+    with pytest.raises(NotADirectoryError, match="tells not how large a rwkv4 is: give the folder"):
+        convert(tmp_path / "model.pth", "rwkv4")
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
-        convert(tmp_path, "rwkv")
+        convert(tmp_path, "rwkv4")
 
 
 @pytest.mark.parametrize("far", [30.0, 300.0, 1e4])
@@ -138,7 +138,7 @@ def test_the_kernel_of_fla_is_called_as_it_wants():
 
 def test_it_begins_as_the_official_code():
     """A new layer answers with zeros, so that the stream is the normed embedding."""
-    row = find("rwkv")
+    row = find("rwkv4")
     model = row.load("Model")(row.tiny_config(num_hidden_layers=3))
     embeddings = model.embed_tokens.weight
     assert 0.8e-4 < embeddings.std() < 1.2e-4 and not embeddings[0].any()

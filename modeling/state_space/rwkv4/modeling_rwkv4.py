@@ -1,4 +1,4 @@
-"""Time mixing and channel mixing of RWKV-4 (Peng et al., 2023, arXiv:2305.13048, section 3.1)."""
+"""RWKV-4 (Peng et al., 2023, arXiv:2305.13048): a recurrence over channels; feed-forwards that see the token before."""
 
 import math
 
@@ -10,7 +10,12 @@ from transformers.cache_utils import Cache
 from ...layers.mixer import Mixer, carry_on
 from ...layers.token_shift import TokenShift
 from ...ops.wkv import chunk_wkv, recurrent_wkv
-from .configuration_rwkv import ArchRWKVConfig
+from ...skeleton.backbone import Backbone
+from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
+from ...skeleton.heads import CausalLM
+from .configuration_rwkv4 import ArchRWKV4Config
+
+EMBEDDING_STD = 1e-4  # of the official code: small, since a norm follows, so that embeddings soon find their directions
 
 
 class RWKV4TimeMixing(Mixer):
@@ -20,7 +25,7 @@ class RWKV4TimeMixing(Mixer):
     fades by exp(-exp(time_decay)) per token, and adds `time_first` to the key of the current one (equations 11 to 18).
     """
 
-    def __init__(self, config: ArchRWKVConfig, layer_idx: int):
+    def __init__(self, config: ArchRWKV4Config, layer_idx: int):
         super().__init__(config, layer_idx)
         self.num_layers = config.num_hidden_layers
         size, inner = config.hidden_size, config.attention_hidden_size
@@ -75,7 +80,7 @@ class RWKV4ChannelMixing(nn.Module):
     21). `time_mix` [2, hidden_size] is how much of the mixtures for receptance and key is the token itself. The token
     before is kept beside the states of the layer's mixer, which has to be a recurrence."""
 
-    def __init__(self, config: ArchRWKVConfig, layer_idx: int):
+    def __init__(self, config: ArchRWKV4Config, layer_idx: int):
         super().__init__()
         self.height = 1 - layer_idx / config.num_hidden_layers
         self.token_shift = TokenShift("channel_shift")
@@ -108,3 +113,33 @@ class RWKV4ChannelMixing(nn.Module):
         for_receptance, for_key = torch.lerp(before, hidden_states, self.time_mix[:, None, None])
         inner = self.key(for_key).relu().square()
         return self.receptance(for_receptance).sigmoid() * self.value(inner)
+
+
+class ArchRWKV4Model(Backbone):
+    config: ArchRWKV4Config
+    mixers = {"rwkv4": RWKV4TimeMixing}
+    feed_forwards = Backbone.feed_forwards | {"rwkv4_channel_mixing": RWKV4ChannelMixing}
+    norm_class = nn.LayerNorm
+
+    def init_parameters(self, std: float) -> None:
+        init.copy_(self.embed_tokens.weight, self.embed_tokens.weight * (EMBEDDING_STD / (std or 1.0)))
+
+
+class ArchRWKV4ForCausalLM(CausalLM):
+    config: ArchRWKV4Config
+    backbone = ArchRWKV4Model
+
+
+class ArchRWKV4ForSequenceClassification(SequenceClassification):
+    config: ArchRWKV4Config
+    backbone = ArchRWKV4Model
+
+
+class ArchRWKV4ForTokenClassification(TokenClassification):
+    config: ArchRWKV4Config
+    backbone = ArchRWKV4Model
+
+
+class ArchRWKV4ForQuestionAnswering(QuestionAnswering):
+    config: ArchRWKV4Config
+    backbone = ArchRWKV4Model

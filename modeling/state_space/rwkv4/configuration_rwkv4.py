@@ -6,21 +6,17 @@ from ...skeleton.config import ArchConfig
 
 
 @strict
-class ArchRWKVConfig(ArchConfig):
+class ArchRWKV4Config(ArchConfig):
     """
-    version (`int`, defaults to 4):
-        Which RWKV the layers are of, where `layer_types` and `feed_forward_types` do not say: `"rwkv4"` and
-        `"rwkv4_channel_mixing"`.
     attention_hidden_size, intermediate_size (`int`, *optional*):
         Channels of the time mixing, by default `hidden_size`; width inside the channel mixing, by default four times
         as much.
     """
 
-    model_type = "hf_arch_rwkv"
+    model_type = "hf_arch_rwkv4"
     layer_kinds = ("rwkv4",)
     feed_forward_kinds = ("rwkv4_channel_mixing", *ArchConfig.feed_forward_kinds)
 
-    version: int = 4
     attention_hidden_size: int | None = None
     intermediate_size: int | None = None
     num_attention_heads: int = 1
@@ -33,12 +29,6 @@ class ArchRWKVConfig(ArchConfig):
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         super().__post_init__(**kwargs)
-
-    def layer_pattern(self) -> list[str]:
-        return [f"rwkv{self.version}"]
-
-    def feed_forward_pattern(self) -> list[str]:
-        return [f"rwkv{self.version}_channel_mixing"]
 
     def validate_architecture(self):
         super().validate_architecture()

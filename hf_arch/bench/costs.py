@@ -1,0 +1,124 @@
+"""What a model computes: matrix products and exponentials, and the numbers it has to read.
+
+`cost` walks the modules of a model; a new mixer or feed-forward registers what it computes beside its Linear layers, a
+recurrence in `costs_of_recurrences.py`.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import singledispatch
+from typing import NamedTuple
+
+from torch import nn
+
+from hf_arch.modeling.hierarchical.hat.modeling_hat import ArchHatModel
+from hf_arch.modeling.layers.attention import Attention
+from hf_arch.modeling.layers.experts import SparseFeedForward
+from hf_arch.modeling.layers.feed_forward import MLP
+from hf_arch.modeling.layers.mixer import Mixer
+from hf_arch.modeling.skeleton.backbone import Backbone
+
+CHUNK = 64  # tokens that a linear recurrence takes at once: fewer do not fill a matrix product, more are more work
+
+
+class Span(NamedTuple):
+    """The tokens that a pass reads, and those that it remembers."""
+
+    tokens: int
+    before: int = 0
+
+
+@dataclass(frozen=True)
+class Cost:
+    operations: float = 0.0  # of matrix products, a multiply-add as two
+    exponentials: float = 0.0
+    numbers: float = 0.0  # weights and state that are read or written
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.operations + other.operations,
+            self.exponentials + other.exponentials,
+            self.numbers + other.numbers,
+        )
+
+
+def visible_pairs(span: Span, window: int | None = None, causal: bool = True) -> float:
+    """How many (query, key) pairs attention compares."""
+    keys = span.before + span.tokens
+    if not causal:
+        return span.tokens * keys
+    if window is None:
+        return span.tokens * span.before + span.tokens * (span.tokens + 1) / 2
+    return sum(min(position + 1, window) for position in range(span.before, keys))
+
+
+@singledispatch
+def cost(module: nn.Module, span: Span) -> Cost:
+    """What a module computes: by default, what its parts do."""
+    if isinstance(module, Mixer):
+        raise TypeError(f"bench knows no cost of {type(module).__name__}: register one.")
+    return sum((cost(child, span) for child in module.children()), Cost())
+
+
+@cost.register
+def linear(module: nn.Linear, span: Span) -> Cost:
+    return Cost(operations=2 * module.weight.numel() * span.tokens, numbers=module.weight.numel())
+
+
+@cost.register
+def backbone(module: Backbone, span: Span) -> Cost:
+    """Layers that share their weights are as much work as others."""
+    return sum((cost(module.layers[group], span) for group in module.config.layer_groups), Cost())
+
+
+@cost.register
+def hierarchy(module: ArchHatModel, span: Span) -> Cost:
+    """Each layer reads the members of its level, a segment at a time."""
+    total = Cost()
+    for layer, kind in zip(module.layers, module.config.layer_types, strict=True):
+        level = module.config.layer_kinds.index(kind)
+        lengths = module.config.level_lengths
+        whole, rest = divmod(math.ceil(span.tokens / math.prod(lengths[:level])), lengths[level])
+        total = sum([cost(layer, Span(lengths[level]))] * whole, total)
+        total += cost(layer, Span(rest)) if rest else Cost()
+    return total
+
+
+@cost.register
+def feed_forward(module: MLP, span: Span) -> Cost:
+    """An exponential for each number that a smooth activation (silu, gelu, tanh, ...) is applied to."""
+    smooth = 0 if isinstance(module.act_fn, nn.ReLU) else module.up_proj.out_features
+    return projections(module, span) + Cost(exponentials=smooth * span.tokens)
+
+
+@cost.register
+def experts(module: SparseFeedForward, span: Span) -> Cost:
+    """Each token's own experts; of their weights, as many as so few tokens can ask for."""
+    made, router = module.experts, module.router
+    chosen = router.top_k * span.tokens
+    of_one = made.gate_up_proj[0].numel() + made.down_proj[0].numel()
+    smooth = 0 if isinstance(made.act_fn, nn.ReLU) else made.down_proj.shape[-1]
+    return cost(router, span) + Cost(
+        operations=2 * of_one * chosen,
+        exponentials=smooth * chosen,
+        numbers=of_one * min(chosen, made.num_experts),
+    )
+
+
+@cost.register
+def attention(module: Attention, span: Span) -> Cost:
+    pairs = visible_pairs(span, module.sliding_window, module.is_causal)
+    keys = span.before + span.tokens
+    if module.sliding_window is not None:
+        keys = min(keys, module.sliding_window)
+    heads, size = module.q_proj.out_features // module.head_dim, module.q_proj.out_features
+    return projections(module, span) + Cost(
+        operations=4 * pairs * size,
+        exponentials=pairs * heads,
+        numbers=keys * (module.k_proj.out_features + module.v_proj.out_features),
+    )
+
+
+def projections(module: nn.Module, span: Span) -> Cost:
+    """Of the Linear layers directly within a module."""
+    return sum((linear(child, span) for child in module.children() if isinstance(child, nn.Linear)), Cost())
