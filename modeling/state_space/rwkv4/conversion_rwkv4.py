@@ -5,15 +5,13 @@ transformers halves the stream and some weights every `rescale_every` layers in 
 epsilon of the norms is a little larger. Ours is the one that was trained.
 """
 
-import importlib
 import re
-import tempfile
-from pathlib import Path
 
 import torch
 from transformers import RwkvConfig
 
 from ...skeleton.conversion import Conversion, Fields, Rule, Tensors, require
+from ..conversion_rwkv import authors_model
 
 SAME = ("vocab_size", "hidden_size", "num_hidden_layers", "attention_hidden_size", "intermediate_size")
 
@@ -58,20 +56,6 @@ def join_mixtures(tensors: Tensors, fields: Fields) -> Tensors:
     return others | joined
 
 
-def author_model(folder: Path, fields: Fields, tensors: Tensors, head: str):
-    """The author's own package, which reads one text at a time."""
-    try:
-        package = importlib.import_module("rwkv.model")
-    except ImportError as error:
-        raise ImportError(f"Comparing with the original needs the package rwkv: pip install rwkv ({error}).") from error
-    if head != "ForCausalLM":
-        raise ValueError("The original answers with logits: compare them, with head='ForCausalLM'.")
-    with tempfile.TemporaryDirectory() as written:
-        torch.save(tensors, Path(written, "model.pth"))
-        model = package.RWKV(str(Path(written, "model")), "cpu fp32")
-    return lambda ids: torch.stack([model.forward(text.tolist(), None, full_output=True)[0] for text in ids])
-
-
 RULES = (
     Rule(r"(?:(?:rwkv\.)?embeddings|emb)\.weight", "model.embed_tokens.weight"),
     Rule(r"(?:rwkv\.)?blocks\.0\.(?:pre_ln|ln0)\.(\w+)", r"model.embed_norm.\1"),
@@ -104,7 +88,7 @@ CONVERSIONS = (
         default_head="ForCausalLM",
         describe=author_fields,
         prepare=join_mixtures,
-        original=author_model,
+        original=authors_model,
         rules=RULES,
     ),
 )

@@ -1,14 +1,14 @@
 """Checkpoints of RWKV-7: the authors' (BlinkDL/rwkv-7-world, a .pth file without a config.json), and those for
 flash-linear-attention (fla-hub/rwkv7-0.4B-world)."""
 
-import importlib
 import os
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from ...skeleton.conversion import Conversion, Fields, Rule, Tensors, require
+from ..conversion_rwkv import authors_model
 from .configuration_rwkv7 import RANKS
 
 MIXES = [f"x_{name}" for name in "rwkvag"]  # in the order of ours
@@ -87,20 +87,11 @@ def fla_config(fields: Fields) -> Fields:
     }
 
 
-def authors_model(folder: Path, fields: Fields, tensors: Tensors, head: str):
-    """The authors' own package, which reads one text at a time."""
+def authors_rwkv7(folder: Path, fields: Fields, tensors: Tensors, head: str) -> Callable:
+    """The authors' own package, told which version it is to read."""
     if os.environ.get("RWKV_V7_ON") != "1":
         raise ImportError("The package rwkv knows RWKV-7 only where it was told so before: set RWKV_V7_ON=1.")
-    try:
-        package = importlib.import_module("rwkv.model")
-    except ImportError as error:
-        raise ImportError(f"Comparing with the original needs the package rwkv: pip install rwkv ({error}).") from error
-    if head != "ForCausalLM":
-        raise ValueError("The original answers with logits: compare them, with head='ForCausalLM'.")
-    with tempfile.TemporaryDirectory() as written:
-        torch.save(tensors, Path(written, "model.pth"))
-        model = package.RWKV(str(Path(written, "model")), "cpu fp32")
-    return lambda ids: torch.stack([model.forward(text.tolist(), None, full_output=True)[0] for text in ids])
+    return authors_model(folder, fields, tensors, head)
 
 
 def projection(match, config) -> list[str]:
@@ -138,7 +129,7 @@ CONVERSIONS = (
         default_head="ForCausalLM",
         describe=authors_fields,
         prepare=authors_names,
-        original=authors_model,
+        original=authors_rwkv7,
         rules=RULES,
     ),
     Conversion(
