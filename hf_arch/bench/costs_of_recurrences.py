@@ -4,7 +4,7 @@ import math
 
 from hf_arch.bench.costs import CHUNK, Cost, Span, cost, projections
 from hf_arch.modeling.layers.state_space import DiagonalStateSpace
-from hf_arch.modeling.ops.delta_rule import CHUNK as DELTA_CHUNK
+from hf_arch.modeling.ops.delta_rule import DELTA_CHUNK
 from hf_arch.modeling.state_space.h3.modeling_h3 import H3
 from hf_arch.modeling.state_space.hyena.modeling_hyena import Hyena, ModalHyena
 from hf_arch.modeling.state_space.retnet.modeling_retnet import MultiScaleRetention

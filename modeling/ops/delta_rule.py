@@ -21,7 +21,7 @@ from .dispatch import accelerated
 from .documents import document_runs
 from .fading import chunked, linked
 
-CHUNK = 32
+DELTA_CHUNK = 32
 FEW = 8  # steps whose differences are all computed, where decays may be of any size
 RANGE = 60.0  # the largest logarithm of a factor that float32 holds with room for sums of products
 
@@ -60,7 +60,7 @@ def chunk_delta_rule(
     and what is left of S, key^T value and b^T u are the state after the chunk: only that goes from chunk to chunk.
     """
     length, wide = query.shape[1], torch.promote_types(query.dtype, torch.float32)
-    size = min(CHUNK, 1 << (length - 1).bit_length())
+    size = min(DELTA_CHUNK, 1 << (length - 1).bit_length())
     with torch.autocast(query.device.type, enabled=False):
         if documents is not None:
             real, document = document_runs(documents, query)

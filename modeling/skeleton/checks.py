@@ -64,7 +64,7 @@ def check_cache(config, past_key_values: Cache) -> None:
     if not layers and not set(RECURRENT) & set(config.layer_types):
         return  # DynamicCache() grows its attention layers by itself
     fits = len(layers) == config.num_hidden_layers and all(
-        any(fitting.__name__ in (base.__name__ for base in type(layer).__mro__) for fitting in kinds)
+        made_for(layer) in [fitting.__name__ for fitting in kinds]
         for layer, kinds in zip(layers, map(cache_layers, config.layer_types), strict=True)
     )
     if not fits:
@@ -79,3 +79,12 @@ def check_cache(config, past_key_values: Cache) -> None:
 def cache_layers(kind: str) -> list[type]:
     """The classes that may hold the cache of a layer type."""
     return [kinds[kind] for kinds in (DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING) if kind in kinds]
+
+
+def made_for(layer: object) -> str | None:
+    """The name of the nearest class that holds the cache of some layer type: by name, since an exported model has
+    classes of its own."""
+    known = {
+        kind.__name__ for kinds in (DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING) for kind in kinds.values()
+    }
+    return next((base.__name__ for base in type(layer).__mro__ if base.__name__ in known), None)

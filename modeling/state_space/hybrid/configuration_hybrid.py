@@ -16,10 +16,10 @@ from ..s4.configuration_s4 import ArchS4Config
 from ..s6.configuration_s6 import ArchS6Config
 from ..ssd.configuration_ssd import ArchSSDConfig
 
-GUESTS = ArchRetNetConfig, ArchS4Config, ArchH3Config, ArchS6Config, ArchSSDConfig
-GUESTS += ArchRWKV4Config, ArchRWKV7Config, ArchHyenaConfig
+GUEST_CONFIGS = ArchRetNetConfig, ArchS4Config, ArchH3Config, ArchS6Config, ArchSSDConfig
+GUEST_CONFIGS += ArchRWKV4Config, ArchRWKV7Config, ArchHyenaConfig
 CONFIGS: dict[str, type[ArchConfig]] = {
-    kind: config for config in GUESTS for kind in config.layer_kinds if kind in RECURRENT
+    kind: config for config in GUEST_CONFIGS for kind in config.layer_kinds if kind in RECURRENT
 }
 FIXED = {"rwkv7": {"value_residual": False}}  # what is no choice for mixers that stand among others
 # What a stack and the mixers in it have in common

@@ -18,9 +18,9 @@ from ..s6.modeling_s6 import ArchS6Model
 from ..ssd.modeling_ssd import ArchSSDModel
 from .configuration_hybrid import CONFIGS, ArchHybridConfig
 
-GUESTS = ArchRetNetModel, ArchS4Model, ArchH3Model, ArchS6Model, ArchSSDModel
-GUESTS += ArchRWKV4Model, ArchRWKV7Model, ArchHyenaModel
-MIXERS = {kind: mixer for model in GUESTS for kind, mixer in model.mixers.items() if kind in CONFIGS}
+GUEST_MODELS = ArchRetNetModel, ArchS4Model, ArchH3Model, ArchS6Model, ArchSSDModel
+GUEST_MODELS += ArchRWKV4Model, ArchRWKV7Model, ArchHyenaModel
+MIXERS = {kind: mixer for model in GUEST_MODELS for kind, mixer in model.mixers.items() if kind in CONFIGS}
 
 
 def guest(kind: str, mixer: type[Mixer]) -> Callable[[ArchHybridConfig, int], Mixer]:

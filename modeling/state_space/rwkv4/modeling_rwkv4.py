@@ -13,9 +13,8 @@ from ...ops.wkv import chunk_wkv, recurrent_wkv
 from ...skeleton.backbone import Backbone
 from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
 from ...skeleton.heads import CausalLM
+from ..modeling_rwkv import RWKVBackbone
 from .configuration_rwkv4 import ArchRWKV4Config
-
-EMBEDDING_STD = 1e-4  # of the official code: small, since a norm follows, so that embeddings soon find their directions
 
 
 class RWKV4TimeMixing(Mixer):
@@ -115,14 +114,10 @@ class RWKV4ChannelMixing(nn.Module):
         return self.receptance(for_receptance).sigmoid() * self.value(inner)
 
 
-class ArchRWKV4Model(Backbone):
+class ArchRWKV4Model(RWKVBackbone):
     config: ArchRWKV4Config
     mixers = {"rwkv4": RWKV4TimeMixing}
     feed_forwards = Backbone.feed_forwards | {"rwkv4_channel_mixing": RWKV4ChannelMixing}
-    norm_class = nn.LayerNorm
-
-    def init_parameters(self, std: float) -> None:
-        init.copy_(self.embed_tokens.weight, self.embed_tokens.weight * (EMBEDDING_STD / (std or 1.0)))
 
 
 class ArchRWKV4ForCausalLM(CausalLM):

@@ -17,10 +17,10 @@ from ...ops.delta_rule import chunk_delta_rule, recurrent_delta_rule
 from ...skeleton.backbone import Backbone
 from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
 from ...skeleton.heads import CausalLM
+from ..modeling_rwkv import RWKVBackbone
 from .configuration_rwkv7 import ArchRWKV7Config
 
-FASTEST = math.exp(-0.5)  # the largest log decay per token
-EMBEDDING_STD = 1e-4
+LARGEST_DECAY = math.exp(-0.5)  # the largest log decay per token
 
 
 class FirstValues:
@@ -137,7 +137,7 @@ class RWKV7TimeMixing(Mixer):
 
         query, key, value = self.r_proj(mixed("r")), self.k_proj(mixed("k")), self.value(mixed("v"), first_values)
         wide = torch.promote_types(query.dtype, torch.float32)
-        log_decay = -FASTEST * self.w(mixed("w")).to(wide).sigmoid()
+        log_decay = -LARGEST_DECAY * self.w(mixed("w")).to(wide).sigmoid()
         rate, gate = self.a(mixed("a")).sigmoid(), self.g(mixed("g"))
         removal = F.normalize(self.heads(key * -self.k_k), dim=-1)
         key = key * torch.addcmul(1 - self.k_a, rate, self.k_a)
@@ -207,17 +207,12 @@ def begin_spread(weight: torch.Tensor, gain: float) -> None:
     init.normal_(weight, std=gain * max(weight.shape) ** -0.5)
 
 
-class ArchRWKV7Model(Backbone):
+class ArchRWKV7Model(RWKVBackbone):
     config: ArchRWKV7Config
     mixers = {"rwkv7": RWKV7TimeMixing}
     feed_forwards = Backbone.feed_forwards | {"rwkv7_channel_mixing": RWKV7ChannelMixing}
     residual = ValueResidual
-    norm_class = nn.LayerNorm
     _can_record_outputs = Backbone._can_record_outputs | {"hidden_states": OutputRecorder(HiddenStates)}
-
-    def init_parameters(self, std: float) -> None:
-        """Small, since a norm follows, so that embeddings soon find their directions."""
-        init.copy_(self.embed_tokens.weight, self.embed_tokens.weight * (EMBEDDING_STD / (std or 1.0)))
 
 
 class ArchRWKV7ForCausalLM(CausalLM):
