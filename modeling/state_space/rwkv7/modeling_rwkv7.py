@@ -52,7 +52,7 @@ class ValueResidual(PreNorm):
         return torch.cat((self.recorded(before, after), first.values), dim=-1)
 
 
-class LowRank(nn.Module):
+class LowRankProjection(nn.Module):
     """A projection in two steps, through a few numbers (section 4.1, "loramlp")."""
 
     def __init__(self, size: int, rank: int, act_fn: nn.Module, bias: bool = True):
@@ -89,10 +89,10 @@ class RWKV7TimeMixing(Mixer):
         self.k_proj = nn.Linear(size, size, bias=config.attention_bias)
         self.v_proj = nn.Linear(size, size, bias=config.attention_bias)
         self.o_proj = nn.Linear(size, size, bias=config.attention_bias)
-        self.w = LowRank(size, config.decay_low_rank_dim, nn.Tanh())
-        self.a = LowRank(size, config.a_low_rank_dim, nn.Identity())
-        self.v = LowRank(size, config.v_low_rank_dim, nn.Identity()) if mixes_values else None
-        self.g = LowRank(size, config.gate_low_rank_dim, nn.Sigmoid(), bias=False)
+        self.w = LowRankProjection(size, config.decay_low_rank_dim, nn.Tanh())
+        self.a = LowRankProjection(size, config.a_low_rank_dim, nn.Identity())
+        self.v = LowRankProjection(size, config.v_low_rank_dim, nn.Identity()) if mixes_values else None
+        self.g = LowRankProjection(size, config.gate_low_rank_dim, nn.Sigmoid(), bias=False)
         self.k_k = nn.Parameter(torch.empty(size))
         self.k_a = nn.Parameter(torch.empty(size))
         self.r_k = nn.Parameter(torch.empty(self.num_heads, size // self.num_heads))
