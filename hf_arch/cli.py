@@ -63,7 +63,7 @@ def add_bench(commands) -> None:
     command.add_argument("rows", nargs="*", metavar="ROW", help="architectures that `hf-arch list` shows; default: all")
     command.add_argument("--peers", nargs="*", metavar="NAME", help="measure these other libraries too; no NAME: all")
     command.add_argument("--lengths", nargs="+", type=int, default=[], metavar="TOKENS", help="of texts and contexts")
-    command.add_argument("--quick", action="store_true", help="short texts, few rounds: about a minute a row")
+    command.add_argument("--quick", action="store_true", help="short texts, few rounds: about 15 seconds a row")
     command.add_argument(
         "--device", default="cpu", help="cpu, or cuda with sizes that fill a GPU; default: %(default)s"
     )
