@@ -12,6 +12,7 @@ Weights are never made, only differences of their logarithms: keys and decays ma
 """
 
 import math
+import re
 
 import torch
 
@@ -156,7 +157,8 @@ def scan_rows(log_decay, rows, values_and_means, means, weight, backwards: bool)
     return [mean[:, last] for mean in means], weight[:, last]
 
 
-@torch.library.custom_op("hf_arch::wkv_scan", mutates_args=())
+# Named by its module: a process may hold this code several times, in the folders of exported models
+@torch.library.custom_op("hf_arch::wkv_scan_" + re.sub(r"\W", "_", __name__), mutates_args=())
 def wkv_scan(
     log_weight: torch.Tensor,
     values: list[torch.Tensor],
