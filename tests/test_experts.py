@@ -12,7 +12,7 @@ from hf_arch.modeling.layers.experts import SORTED, Experts, SparseFeedForward
 from hf_arch.modeling.skeleton.loss import load_balancing
 from promises import EXACT, ROWS, Case, held_choices, some_tokens
 
-SPARSE = {"feed_forward_types": ["sparse"] * 2, "num_local_experts": 4}
+SPARSE = {"feed_forward_types": ["sparse"] * 2, "num_local_experts": 4, "mlp_bias": False}
 ANY = [Case(case.row, case.head, "experts", SPARSE) for case in ROWS if "sparse" in case.config().feed_forward_kinds]
 MIXTRAL = Case(hf_arch.find("mixtral"), "ForCausalLM")
 

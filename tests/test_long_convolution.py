@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_recurrences import some_documents
 from torch.testing import assert_close
 
 from hf_arch.modeling.ops.long_convolution import (
@@ -12,7 +11,6 @@ from hf_arch.modeling.ops.long_convolution import (
     SMALLEST,
     fast_length,
     long_convolution,
-    recurrent_long_convolution,
     transform_kernel,
 )
 
@@ -56,27 +54,6 @@ def test_gradients_of_long_texts(length):
         output = long_convolution(x, kernel, **options)[0]
         assert_close(output, plain, atol=1e-9, rtol=1e-9)
         assert_close(torch.autograd.grad((output * weight).sum(), (x, kernel)), expected, atol=1e-9, rtol=1e-9)
-
-
-@pytest.mark.parametrize("taps", [5, 90, 300])
-@pytest.mark.parametrize("packed", [False, True])
-def test_both_ways_is_the_past_and_the_future(taps, packed):
-    x, kernel, future = random(2, 130, 3), random(3, taps, seed=1), random(3, taps, seed=2)
-    documents = some_documents(130) if packed else None
-    tensors = [tensor.requires_grad_() for tensor in (x, kernel, future)]
-    output, _ = long_convolution(x, kernel, future=future, documents=documents)
-    turned = (
-        None
-        if documents is None
-        else (documents.amax(1, keepdim=True) + 1 - documents).flip(1) * (documents > 0).flip(1)
-    )
-    ahead = torch.nn.functional.pad(future, (1, 0))  # the first of the future is one token ahead
-    expected = recurrent_long_convolution(x, kernel, documents=documents)[0]
-    expected = expected + recurrent_long_convolution(x.flip(1), ahead, documents=turned)[0].flip(1)
-    real = slice(None) if documents is None else documents > 0
-    assert_close(output[real], expected[real], atol=1e-10, rtol=1e-10)
-    found, wanted = (torch.autograd.grad(each[real].square().sum(), tensors) for each in (output, expected))
-    assert_close(found, wanted, atol=1e-8, rtol=1e-8)
 
 
 def test_sizes_that_fourier_transforms_are_quick_at():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -18,6 +19,7 @@ from hf_arch import find
 from hf_arch.modeling.layers.hippo import DIAGONALS, hippo_legs, low_rank_legs
 from hf_arch.modeling.ops.diagonal_state_space import chunk_diagonal_state_space, recurrent_diagonal_state_space
 from hf_arch.modeling.ops.low_rank_state_space import chunk_low_rank_state_space, low_rank
+from promises import Case, some_tokens
 
 GOLDEN = Path(__file__).parent / "goldens" / "s4_original.safetensors"
 ROW = find("s4")
@@ -160,3 +162,19 @@ def test_what_is_kept_in_eval_follows_the_parameters():
 def test_contradictions_are_refused(fields, said):
     with pytest.raises(Exception, match=said):
         ROW.tiny_config(**fields)
+
+
+@torch.no_grad()
+def test_what_is_kept_in_eval_follows_adapters_of_parameters():
+    """Such an adapter stands in for a parameter during a call: neither its number nor its place changes."""
+    model = Case(ROW, "ForCausalLM", fields={"layer_types": ["s4d"] * 2}).build(torch.float32)
+    tokens = some_tokens()
+    plain = model(tokens).logits
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=["state_space.A_log"])).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.normal_()
+    assert (adapted(tokens).logits - plain).abs().max() > 1e-3
+    with adapted.disable_adapter():
+        assert_close(adapted(tokens).logits, plain)
+    assert (adapted(tokens).logits - plain).abs().max() > 1e-3

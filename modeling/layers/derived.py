@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 
 class Derived(nn.Module):
     """A module that keeps what it made of its parameters until one of them changes.
 
-    Nothing is kept where gradients are recorded, or while a model is compiled. A change by way of `parameter.data`
+    Nothing is kept where gradients are recorded, while a model is compiled, or where an adapter stands in for a
+    parameter. A change by way of `parameter.data`
     shows only to the next `train()` or `eval()`, both of which forget what was kept.
     """
 
@@ -25,8 +27,8 @@ class Derived(nn.Module):
         with torch.autocast(parameters[0].device.type, enabled=False):
             if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
                 return make()
-            if any(parameter.is_inference() for parameter in parameters):
-                return make()  # they count no changes
+            if is_parametrized(self) or any(parameter.is_inference() for parameter in parameters):
+                return make()  # their changes cannot be counted
             state = tuple((parameter.data_ptr(), parameter._version, parameter.dtype) for parameter in parameters)
             if name not in self.made or self.made[name][0] != state:
                 with torch.inference_mode(False), torch.no_grad():  # the parameters too: no other takes their place

@@ -50,6 +50,26 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
 
+class PiecewiseMixer(Mixer):
+    """A recurrence whose answer does not depend on where a text is cut: `mix` is what it does with a piece of one."""
+
+    def mix(
+        self, hidden_states: torch.Tensor, documents: torch.Tensor | None, memory: RecurrentCacheLayer | None
+    ) -> torch.Tensor:
+        raise NotImplementedError
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple | None = None,
+        past_key_values: Cache | None = None,
+        layer_idx: int = 0,
+        **kwargs,
+    ) -> torch.Tensor:
+        return in_pieces(self.mix, hidden_states, attention_mask, self.memory(past_key_values, layer_idx))
+
+
 def carry_on(
     forms: tuple[Callable, Callable], memory: RecurrentCacheLayer | None, name: str, tensors: tuple, **options
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

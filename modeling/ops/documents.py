@@ -18,11 +18,6 @@ def document_runs(documents: torch.Tensor | None, like: torch.Tensor) -> tuple[t
     return documents > 0, documents.cummax(dim=1).values.clamp(min=1)
 
 
-def drop_padding(hidden_states: torch.Tensor, documents: torch.Tensor | None) -> torch.Tensor:
-    """Zero the padded positions of [batch, length, size], so that they add nothing to a recurrent state."""
-    return hidden_states if documents is None else hidden_states * (documents > 0)[..., None]
-
-
 def document_pieces(documents: torch.Tensor, size: int) -> Iterator[torch.Tensor | None]:
     """`documents` of each `size` tokens, for an op that starts from the state after the piece before: a document that
     goes on is number 1 again. None where a piece is nothing else."""

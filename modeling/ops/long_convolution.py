@@ -1,8 +1,8 @@
 """A convolution of each channel by itself whose kernel is as long as the text, over the real tokens of a document.
 
-    y_t = sum_j kernel_j x_(t-j)  [+ sum_j future_j x_(t+1+j), where it sees both ways]
+    y_t = sum_j kernel_j x_(t-j)
 
-Shapes: x [batch, length, channels]; kernel and future [channels, taps]; state [batch, channels, tokens], the real
+Shapes: x [batch, length, channels]; kernel [channels, taps]; state [batch, channels, tokens], the real
 tokens of the document so far, the newest first, zero where there are fewer: at most taps - 1; documents [batch, length]
 as in `documents.py`, an initial state belongs to document 1.
 
@@ -113,19 +113,6 @@ class CausalConvolution(torch.autograd.Function):
         return of_x, of_kernel, *(None for _ in ctx.needs_input_grad[2:])
 
 
-def both_ways(x: torch.Tensor, kernel: torch.Tensor, future: torch.Tensor) -> torch.Tensor:
-    """x [channels, rows, length] with a kernel of the past and one of the future, by one Fourier transform."""
-    length = x.shape[-1]
-    if not x.numel():
-        return x
-    size = fast_length(2 * length)
-    past, future = kernel[:, :length], future[:, : length - 1]
-    around = torch.cat(
-        (past, past.new_zeros(len(past), size - past.shape[1] - future.shape[1]), future.flip(-1)), dim=-1
-    )
-    return torch.fft.irfft(torch.fft.rfft(x, n=size) * torch.fft.rfft(around)[:, None], n=size)[..., :length]
-
-
 def recurrent_long_convolution(
     x, kernel, *, documents=None, initial_state=None, output_final_state=False, transform=None
 ):
@@ -148,11 +135,9 @@ def recurrent_long_convolution(
     return torch.stack(outputs, dim=1).to(x.dtype), state if output_final_state else None
 
 
-def long_convolution(
-    x, kernel, *, future=None, documents=None, initial_state=None, output_final_state=False, transform=None
-):
+def long_convolution(x, kernel, *, documents=None, initial_state=None, output_final_state=False, transform=None):
     """The same answer in parallel. `transform` is the kernel's where it is ready, for texts at least as long as x with
-    its state. With `future`, the kernel of what follows a token, it sees both ways, and has no state."""
+    its state."""
     length, wide = x.shape[1], torch.promote_types(x.dtype, torch.float32)
     if initial_state is not None:
         x = torch.cat((initial_state.to(x.dtype).flip(-1).transpose(1, 2), x), dim=1)
@@ -162,10 +147,7 @@ def long_convolution(
     with torch.autocast(x.device.type, enabled=False):
         # Of two dimensions, a transposed copy is quick
         row, k = rows.flatten(0, 1).T.contiguous().to(wide).unflatten(1, rows.shape[:2]), kernel.to(wide)
-        if future is not None:
-            y = both_ways(row, k, future.to(wide))
-        else:
-            y = CausalConvolution.apply(row, k, *(() if transform is None else (transform.within, *transform.across)))
+        y = CausalConvolution.apply(row, k, *(() if transform is None else (transform.within, *transform.across)))
     y = y.flatten(1).to(x.dtype).T.contiguous().view_as(rows)
     y = y if found is None else found.repack(y, *x.shape[:2])
     return y[:, x.shape[1] - length :], last_read(x, documents, kernel.shape[1] - 1) if output_final_state else None

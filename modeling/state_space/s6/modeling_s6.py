@@ -4,10 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache
 
 from ...layers.cache import RecurrentCacheLayer
-from ...layers.mixer import Mixer, carry_on, in_pieces
+from ...layers.mixer import PiecewiseMixer, carry_on
 from ...layers.short_convolution import ShortConvolution
 from ...layers.steps import initial_step_bias
 from ...ops.selective_scan import chunk_selective_scan, recurrent_selective_scan
@@ -17,7 +16,7 @@ from ...skeleton.heads import CausalLM
 from .configuration_s6 import ArchS6Config
 
 
-class S6(Mixer):
+class S6(PiecewiseMixer):
     """Projection, short convolution, the selective scan, a skip, a gate (sections 3.2 to 3.4, figure 3).
 
     With x the convolved projection, step sizes dt = softplus(dt_proj(of x's own)), and B and C projections of x:
@@ -46,17 +45,6 @@ class S6(Mixer):
         init.ones_(self.D)
         init.uniform_(self.dt_proj.weight, -(self.sizes[0] ** -0.5), self.sizes[0] ** -0.5)
         init.copy_(self.dt_proj.bias, initial_step_bias(inner, *self.steps))
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_embeddings: tuple | None = None,
-        past_key_values: Cache | None = None,
-        layer_idx: int = 0,
-        **kwargs,
-    ) -> torch.Tensor:
-        return in_pieces(self.mix, hidden_states, attention_mask, self.memory(past_key_values, layer_idx))
 
     def mix(
         self, hidden_states: torch.Tensor, documents: torch.Tensor | None, memory: RecurrentCacheLayer | None

@@ -4,10 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache
 
 from ...layers.cache import RecurrentCacheLayer
-from ...layers.mixer import Mixer, carry_on, in_pieces
+from ...layers.mixer import PiecewiseMixer, carry_on
 from ...layers.short_convolution import ShortConvolution
 from ...layers.steps import initial_step_bias
 from ...ops.decayed_attention import chunk_decayed_attention, recurrent_decayed_attention
@@ -30,7 +29,7 @@ class GroupedRMSNorm(nn.Module):
         return F.rms_norm(grouped, grouped.shape[-1:], eps=self.eps).flatten(-2) * self.weight
 
 
-class SSD(Mixer):
+class SSD(PiecewiseMixer):
     """Projection, short convolution, the recurrence, a skip, a gated norm (section 7.1 and figure 6).
 
     With step sizes dt = softplus(dt_proj(x) + dt_bias), decays exp(-exp(A_log) dt), and x, B, C the convolved
@@ -61,17 +60,6 @@ class SSD(Mixer):
         init.copy_(self.A_log, torch.log(torch.empty(self.num_heads).uniform_(1, 16)))
         init.ones_(self.D)
         init.ones_(self.norm.weight)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_embeddings: tuple | None = None,
-        past_key_values: Cache | None = None,
-        layer_idx: int = 0,
-        **kwargs,
-    ) -> torch.Tensor:
-        return in_pieces(self.mix, hidden_states, attention_mask, self.memory(past_key_values, layer_idx))
 
     def mix(
         self, hidden_states: torch.Tensor, documents: torch.Tensor | None, memory: RecurrentCacheLayer | None
