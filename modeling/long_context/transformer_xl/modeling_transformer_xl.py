@@ -1,0 +1,177 @@
+"""Transformer-XL (Dai et al., 2019, arXiv:1901.02860): attention that also sees what each layer saw a segment ago."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+
+from ...layers.derived import Derived
+from ...layers.mixer import Mixer
+from ...layers.positions import NoPositions
+from ...layers.residual import PostNorm, PreNorm
+from ...ops.segment_attention import SegmentState, block_segment_attention, dense_segment_attention
+from ...skeleton.backbone import Backbone
+from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
+from ...skeleton.heads import CausalLM
+from .configuration_transformer_xl import ArchTransformerXLConfig
+
+
+class OpenPreNorm(PreNorm):
+    """x + f(norm(x)), with no norm at the end of the stack."""
+
+    final_norm = False
+
+
+class QueryBiases(nn.Module):
+    """u and v of the paper: what a query adds when it looks for content, and when it looks for a distance."""
+
+    def __init__(self, config: ArchTransformerXLConfig):
+        super().__init__()
+        self.content_bias = nn.Parameter(torch.empty(config.num_attention_heads, config.head_dim))
+        self.distance_bias = nn.Parameter(torch.empty(config.num_attention_heads, config.head_dim))
+
+    def init_parameters(self, std: float) -> None:
+        init.normal_(self.content_bias, std=std)
+        init.normal_(self.distance_bias, std=std)
+
+
+class Distances(NamedTuple):
+    """waves [window.span, hidden_size]: sines and cosines of every distance; the biases that all layers share."""
+
+    waves: torch.Tensor
+    biases: tuple[torch.Tensor, torch.Tensor] | None
+
+
+class DistanceEmbedding(NoPositions):
+    """sqrt(size) x, and [sin(d / 10000^(2i/size)), cos(...)] of every distance d that a token sees."""
+
+    def __init__(self, config: ArchTransformerXLConfig):
+        super().__init__(config)
+        self.span = config.window.span
+        self.farthest = config.clamp_length or self.span
+        self.biases = None if config.untie_biases else QueryBiases(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, hidden_states, position_ids):
+        size, wide = hidden_states.shape[-1], torch.promote_types(hidden_states.dtype, torch.float32)
+        distance = torch.arange(self.span, device=hidden_states.device, dtype=wide).clamp(max=self.farthest)
+        exponent = torch.arange(0, size, 2, device=hidden_states.device, dtype=wide) / size
+        angle = distance[:, None] * 10000**-exponent
+        waves = torch.cat((angle.sin(), angle.cos()), dim=-1)[:, :size].to(hidden_states.dtype)
+        # The parameters themselves, so that checkpointed layers find them in backward
+        shared = None if self.biases is None else (self.biases.content_bias, self.biases.distance_bias)
+        return hidden_states * size**0.5, Distances(self.dropout(waves), shared)
+
+
+class RelativeKeys(Derived):
+    """What a layer's queries compare with for each distance: the same for every text."""
+
+    def __init__(self, config: ArchTransformerXLConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.r_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
+
+    def forward(self, waves: torch.Tensor) -> torch.Tensor:
+        return self.derive(
+            "keys", lambda: self.r_proj(waves.to(self.r_proj.weight.dtype)).unflatten(-1, (self.num_heads, -1))
+        )
+
+
+class SegmentRecurrence(Mixer):
+    """Relative attention over a token's segment and the memory before it."""
+
+    def __init__(self, config: ArchTransformerXLConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.num_heads, self.window, self.attention_dropout = (
+            config.num_attention_heads,
+            config.window,
+            config.attention_dropout,
+        )
+        width = config.num_attention_heads * config.head_dim
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(self, name, nn.Linear(config.hidden_size, width, bias=config.attention_bias))
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
+        self.relative = RelativeKeys(config)
+        self.biases = QueryBiases(config) if config.untie_biases else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: Distances | None = None,
+        past_key_values: Cache | None = None,
+        layer_idx: int = 0,
+        **kwargs,
+    ) -> torch.Tensor:
+        memory = self.memory(past_key_values, layer_idx)
+        state = None if memory is None else self.recall(memory)
+        length = hidden_states.shape[1]
+        query, key, value = (self.project(name, hidden_states) for name in ("q_proj", "k_proj", "v_proj"))
+        still = None
+        if hidden_states.requires_grad and (length > self.window.segment or state is not None):
+            # What an earlier segment said trains the weights that look at it, but not the layers below
+            still = tuple(self.project(name, hidden_states.detach()) for name in ("k_proj", "v_proj"))
+        attend = dense_segment_attention if length == 1 else block_segment_attention
+        content_bias, distance_bias = self.query_biases(position_embeddings)
+        output, state = attend(
+            query + content_bias,
+            query + distance_bias,
+            key,
+            value,
+            self.relative(position_embeddings.waves),
+            self.window,
+            still=still,
+            documents=attention_mask,
+            initial_state=state,
+            output_final_state=memory is not None,
+            dropout=self.attention_dropout if self.training else 0.0,
+        )
+        if memory is not None:
+            memory.write(length, **{f"memory_{name}": held for name, held in state._asdict().items()})
+        return self.o_proj(output.flatten(-2))
+
+    def project(self, name: str, hidden_states: torch.Tensor) -> torch.Tensor:
+        return getattr(self, name)(hidden_states).unflatten(-1, (self.num_heads, -1))
+
+    def query_biases(self, distances: Distances) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.biases is None:
+            return distances.biases
+        return self.biases.content_bias, self.biases.distance_bias
+
+    @staticmethod
+    def recall(memory) -> SegmentState | None:
+        held = [memory.read(f"memory_{name}") for name in SegmentState._fields]
+        return None if held[0] is None else SegmentState(*held)
+
+
+class ArchTransformerXLModel(Backbone):
+    config: ArchTransformerXLConfig
+    positions = DistanceEmbedding
+    mixers = {"segment_recurrence": SegmentRecurrence}
+    norm_class = nn.LayerNorm
+
+    def __init__(self, config: ArchTransformerXLConfig):
+        self.residual = {"post_norm": PostNorm, "pre_norm": OpenPreNorm}[config.residual_type]
+        super().__init__(config)
+
+
+class ArchTransformerXLForCausalLM(CausalLM):
+    config: ArchTransformerXLConfig
+    backbone = ArchTransformerXLModel
+
+
+class ArchTransformerXLForSequenceClassification(SequenceClassification):
+    config: ArchTransformerXLConfig
+    backbone = ArchTransformerXLModel
+
+
+class ArchTransformerXLForTokenClassification(TokenClassification):
+    config: ArchTransformerXLConfig
+    backbone = ArchTransformerXLModel
+
+
+class ArchTransformerXLForQuestionAnswering(QuestionAnswering):
+    config: ArchTransformerXLConfig
+    backbone = ArchTransformerXLModel
