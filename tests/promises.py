@@ -60,7 +60,19 @@ VARIANTS = {
     "transformer_xl": {
         "same_length": {"same_length": True, "memory_length": 9, "clamp_length": 7, "num_attention_heads": 2}
         | {"untie_biases": False, "head_dim": 12},
-        "pre_norm": {"residual_type": "pre_norm", "segment_length": 24, "memory_length": 7}
+        "adaptive": {
+            "cutoffs": [20, 50],
+            "div_val": 2,
+            "tie_word_embeddings": True,
+            "tie_projections": [False, True, True],
+        },
+        "pre_norm": {
+            "residual_type": "pre_norm",
+            "embedding_size": 24,
+            "cutoffs": [20, 50],
+            "segment_length": 24,
+            "memory_length": 7,
+        }
         | {"feed_forward_types": ["gated", "sparse"], "num_local_experts": 4, "mlp_bias": False},
     },
     "mixtral": {"sliding": {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9}},

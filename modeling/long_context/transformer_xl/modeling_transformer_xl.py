@@ -7,6 +7,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
+from ...layers.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from ...layers.derived import Derived
 from ...layers.mixer import Mixer
 from ...layers.positions import NoPositions
@@ -156,10 +157,27 @@ class ArchTransformerXLModel(Backbone):
         self.residual = {"post_norm": PostNorm, "pre_norm": OpenPreNorm}[config.residual_type]
         super().__init__(config)
 
+    def make_embedding(self):
+        return AdaptiveEmbedding(self.config) if self.config.adaptive else super().make_embedding()
+
 
 class ArchTransformerXLForCausalLM(CausalLM):
     config: ArchTransformerXLConfig
     backbone = ArchTransformerXLModel
+
+    def add_head(self, config):
+        super().add_head(config)
+        if not config.adaptive:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+            return
+        self.lm_head = AdaptiveSoftmax(config)
+        ties = config.tie_projections or [True] * len(self.lm_head.clusters)
+        untied = {f"projections.{number}.weight" for number, tied in enumerate(ties) if not tied}
+        self._tied_weights_keys = {
+            f"lm_head.{name}": f"model.embed_tokens.{source}"
+            for name, source in self.lm_head.tied.items()
+            if name not in untied
+        }
 
 
 class ArchTransformerXLForSequenceClassification(SequenceClassification):
