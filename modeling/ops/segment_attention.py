@@ -12,6 +12,8 @@ from 0 on; `still`, keys and values as numbers alone, of which no gradient reach
 `documents.py`; a state belongs to document 1.
 """
 
+import functools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -19,6 +21,7 @@ import torch.nn.functional as F
 
 from .documents import Unpacked, document_runs, find_documents
 
+QUERIES = 128  # that are compared at once with the keys that any of them sees
 ROOM = 2**21  # scores that are written down at once, where more than one segment would fit: 8 MiB in float32
 
 
@@ -73,18 +76,17 @@ def dense_segment_attention(
 ):
     """The definition above, all pairs at once. The reference for tests, for a step, and for less than a segment."""
     number, place = places(documents, content, initial_state)
-    key_number, key_place = with_held(number, place, initial_state, window)
+    key_number, key_place = with_held(number, place, None if initial_state is None else initial_state.read, window)
     visible = (key_number[:, None] == number[:, :, None]) & window.shows(place[:, :, None], key_place[:, None])
     visible = visible[:, None]
     away = (place[:, :, None] - key_place[:, None]).clamp(0, window.span - 1)[:, None]
-    before = () if initial_state is None else (initial_state.key, initial_state.value)
-    keys, values = joined(before, (key, value))
+    keys, values = joined(initial_state, (key, value))
     scale = content.shape[-1] ** -0.5
     scores = torch.einsum("bqhd,bkhd->bhqk", content * scale, keys)
     if still is not None:
         segment, key_segment = (x.div(window.segment, rounding_mode="floor") for x in (place, key_place))
         live = (segment[:, :, None] == key_segment[:, None])[:, None]
-        still_keys, still_values = joined(before, still)
+        still_keys, still_values = joined(initial_state, still)
         scores = torch.where(live, scores, torch.einsum("bqhd,bkhd->bhqk", content * scale, still_keys))
     by_distance = torch.einsum("bqhd,rhd->bhqr", distance * scale, relative)
     scores = scores + by_distance.gather(-1, away.expand(-1, scores.shape[1], -1, -1))
@@ -95,7 +97,8 @@ def dense_segment_attention(
     else:
         output = torch.einsum("bhqk,bkhd->bqhd", weights * live, values)
         output = output + torch.einsum("bhqk,bkhd->bqhd", weights * ~live, still_values)
-    state = remember(key, value, window, number, initial_state) if output_final_state else None
+    told = None if documents is None else number
+    state = remember(keys, values, window, told, initial_state) if output_final_state else None
     return output, state
 
 
@@ -140,8 +143,10 @@ def block_segment_attention(
         )
     output = attend_blocks(*queries, live, still, first, relative, window, dropout)
     output = output[:, :length] if aligned is None else aligned.repack(output, *number.shape)
-    state = remember(key, value, window, number, initial_state) if output_final_state else None
-    return output, state
+    if not output_final_state:
+        return output, None
+    told = None if documents is None else number
+    return output, remember(*joined(initial_state, (key, value)), window, told, initial_state)
 
 
 def attend_blocks(content, distance, live, still, first, relative, window: Window, dropout: float):
@@ -149,42 +154,66 @@ def attend_blocks(content, distance, live, still, first, relative, window: Windo
     values [rows, memory + length, heads, dim]; `first` [rows or 1]: where among these the document begins."""
     rows, length, heads, dim = content.shape
     segment, memory, span = window.segment, window.memory, window.span
-    # Distances from the largest down, and one column more: what begins a place earlier in each row is a plain view
+    # Distances from the largest down to 0, and to -1, which is never seen
     relative = F.pad(relative.flip(0), (0, 0, 0, 0, 0, 1)).permute(1, 2, 0)
     content, distance = (in_segments(x * dim**-0.5, segment) for x in (content, distance))
     own = [in_segments(x[:, memory:], segment) for x in live]
     before = [x[:, :-segment].permute(2, 0, 1, 3).unfold(2, memory, segment).transpose(-1, -2) for x in still]
-    count = max(1, ROOM // (rows * heads * segment * span))
+    count = max(1, ROOM // (rows * heads * min(segment, QUERIES) * span))
     outputs = []
     for start in range(0, length // segment, count):
         part = slice(start, start + count)
-        shape = content[:, :, part].shape[:-1]  # heads, rows, segments, segment
-        seen_key, seen_value = (
-            torch.cat((old[:, :, part], now[:, :, part]), dim=-2).flatten(0, 2)
-            for old, now in zip(before, own, strict=True)
-        )
-        by_distance = distance[:, :, part].flatten(1, 3) @ relative
-        by_distance = by_distance.view(-1, segment * (span + 1))[:, segment - 1 : -1].unflatten(-1, (segment, span))
-        scores = torch.baddbmm(by_distance, content[:, :, part].flatten(0, 2), seen_key.transpose(-1, -2))
-        with torch.no_grad():  # the gradient of what is hidden is zero already
-            hide(scores.view(*shape, span), start, first, window)
-        weights = F.dropout(wide_softmax(scores).to(seen_value.dtype), dropout, dropout > 0)
-        outputs.append((weights @ seen_value).view(*shape, dim))
+        seen = [torch.cat((old[:, :, part], now[:, :, part]), -2) for old, now in zip(before, own, strict=True)]
+        asked = content[:, :, part], distance[:, :, part]
+        pieces = [
+            attend(*(x[:, :, :, here] for x in asked), *(x[:, :, :, shown] for x in seen), relative, hidden, dropout)
+            for here, shown, hidden in pieces_of_a_segment(window, start, first)
+        ]
+        outputs.append(torch.cat(pieces, dim=-2))
     return torch.cat(outputs, dim=2).permute(1, 2, 3, 0, 4).flatten(1, 2)
 
 
-def hide(scores: torch.Tensor, start: int, first: torch.Tensor, window: Window) -> None:
-    """Overwrite the scores of what is not visible. scores [heads, rows, segments, segment, span] of the segments from
-    number `start` on."""
-    segment, memory = window.segment, window.memory
-    least, ones = torch.finfo(scores.dtype).min, scores.new_ones(segment, segment, dtype=torch.bool)
-    scores[..., memory:].masked_fill_(ones.triu(1), least)
+def pieces_of_a_segment(window: Window, start: int, first: torch.Tensor) -> Iterator[tuple[slice, slice, Callable]]:
+    """Queries that are taken at once, the keys that one of them sees, and what hides the keys that others see."""
+    for begin in range(0, window.segment, QUERIES):
+        end = min(begin + QUERIES, window.segment)
+        least = begin if window.same_length else 0
+        hidden = functools.partial(hide, window=window, begin=start * window.segment + least, first=first)
+        yield slice(begin, end), slice(least, window.memory + end), hidden
+
+
+def attend(content, distance, key, value, relative, hidden: Callable, dropout: float) -> torch.Tensor:
+    """Queries [heads, rows, segments, queries, dim], of which the last stands where the last key does."""
+    *many, queries, dim = content.shape
+    keys = key.shape[-2]
+    key, value = key.flatten(1, 2), value.flatten(1, 2)
+    by_distance = distance.flatten(1, 3) @ relative[..., -keys - 1 :]
+    # One column too many, so that each row begins a place earlier: the shift by distance is a view
+    by_distance = by_distance.view(many[0], -1, queries * (keys + 1))[..., queries - 1 : -1]
+    scores = by_distance.unflatten(-1, (queries, keys))
+    if scores.requires_grad or dropout:
+        scores = torch.baddbmm(scores.flatten(0, 1), content.flatten(0, 2), key.flatten(0, 1).transpose(-1, -2))
+        with torch.no_grad():  # the gradient of what is hidden is zero already
+            hidden(scores.view(*many, queries, keys))
+        weights = F.dropout(wide_softmax(scores).to(value.dtype), dropout, dropout > 0)
+        return (weights @ value.flatten(0, 1)).view(*many, queries, dim)
+    hidden(scores.unflatten(1, many[1:]))
+    output = F.scaled_dot_product_attention(content.flatten(1, 2), key, value, attn_mask=scores, scale=1.0)
+    return output.unflatten(1, many[1:])
+
+
+def hide(scores: torch.Tensor, window: Window, begin: int, first: torch.Tensor) -> None:
+    """Overwrite the scores [heads, rows, segments, queries, keys] of what is not visible. `begin`: where the first key
+    of the first segment stands in its row."""
+    *_, segments, queries, keys = scores.shape
+    least, ones = torch.finfo(scores.dtype).min, scores.new_ones(queries, queries, dtype=torch.bool)
+    scores[..., keys - queries :].masked_fill_(ones.triu(1), least)
     if window.same_length:
-        scores[..., :segment].masked_fill_(ones.tril(-1), least)
-    if start * segment < memory:
-        slot = torch.arange(memory, device=scores.device)
-        slot = slot + segment * torch.arange(start, start + scores.shape[2], device=scores.device)[:, None]
-        scores[..., :memory].masked_fill_((slot < first[:, None, None])[None, :, :, None], least)
+        scores[..., :queries].masked_fill_(ones.tril(-1), least)
+    if begin < window.memory:
+        slot = torch.arange(begin, begin + keys - queries, device=scores.device)
+        slot = slot + window.segment * torch.arange(segments, device=scores.device)[:, None]
+        scores[..., : keys - queries].masked_fill_((slot < first[:, None, None])[None, :, :, None], least)
 
 
 def in_segments(x: torch.Tensor, segment: int) -> torch.Tensor:
@@ -206,38 +235,39 @@ def places(documents, like, state: SegmentState | None) -> tuple[torch.Tensor, t
     return run * real, count - 1 - before + read
 
 
-def with_held(number, place, state: SegmentState | None, window: Window) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same of what a state holds, followed by the tokens themselves, with -1 for what is none."""
+def with_held(number, place, read: torch.Tensor | None, window: Window) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of what a state holds after `read` tokens, followed by the tokens themselves; -1 for what is none."""
     number = torch.where(number > 0, number, -1)
-    if state is None:
+    if read is None:
         return number, place
-    held = state.read[:, None] - torch.arange(window.held, 0, -1, device=place.device)
+    held = read[:, None] - torch.arange(window.held, 0, -1, device=place.device)
     held_number = torch.where(held >= 0, torch.ones_like(held), -1)
     return torch.cat((held_number, number), dim=1), torch.cat((held, place), dim=1)
 
 
-def joined(before: tuple, after: Projected) -> Projected:
-    return tuple(torch.cat(pair, dim=1) for pair in zip(before, after, strict=True)) if before else after
-
-
-def remember(key, value, window: Window, number, state: SegmentState | None) -> SegmentState:
-    """The state after the tokens `key` and `value`, of documents `number` (None: one, all real)."""
-    batch, length, *heads = key.shape
+def joined(state: SegmentState | None, after: Projected) -> Projected:
+    """What a state holds, and what comes after."""
     if state is None:
-        empty = key.new_zeros(batch, window.held, *heads)
-        read = torch.zeros(batch, dtype=torch.long, device=key.device)
-        state = SegmentState(empty, empty.to(value.dtype), read)
-    keys, values = joined((state.key, state.value), (key.detach().to(state.key.dtype), value.detach()))
+        return after
+    return tuple(torch.cat((held.to(x.dtype), x), dim=1) for held, x in zip(state[:2], after, strict=True))
+
+
+def remember(keys, values, window: Window, number, state: SegmentState | None) -> SegmentState:
+    """The state after the tokens of documents `number` (None: one, all real), of what `joined` makes of them."""
+    keys, values = keys.detach(), values.detach()
+    if state is None:
+        room = (0, 0, 0, 0, window.held, 0)
+        read = torch.zeros(len(keys), dtype=torch.long, device=keys.device)
+        state, keys, values = SegmentState(keys, values, read), F.pad(keys, room), F.pad(values, room)
+    length = keys.shape[1] - window.held
     if number is None:
         return SegmentState(keys[:, length:], values[:, length:], state.read + length)
     last = number.max(dim=1, keepdim=True).values.clamp(min=1)
-    new = (number == last).sum(1)
-    read = torch.where(last[:, 0] == 1, state.read, 0) + new
-    held_number, _ = with_held(number, number, state, window)
-    member = held_number == last
+    read = torch.where(last[:, 0] == 1, state.read, 0) + (number == last).sum(1)
+    member = with_held(number, number, state.read, window)[0] == last
     order = member.to(torch.uint8).argsort(dim=1, stable=True)[:, -window.held :]
     kept = member.gather(1, order)[..., None, None]
-    index = order[..., None, None].expand(-1, -1, *heads)
+    index = order[..., None, None].expand(-1, -1, *keys.shape[2:])
     return SegmentState(keys.gather(1, index) * kept, values.gather(1, index) * kept, read)
 
 

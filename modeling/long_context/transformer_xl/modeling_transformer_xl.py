@@ -38,46 +38,49 @@ class QueryBiases(nn.Module):
         init.normal_(self.distance_bias, std=std)
 
 
-class Distances(NamedTuple):
-    """waves [window.span, hidden_size]: sines and cosines of every distance; the biases that all layers share."""
+class SharedBiases(NamedTuple):
+    """The biases that all layers share, None where each has its own; the parameters themselves, so that checkpointed
+    layers find them in backward."""
 
-    waves: torch.Tensor
-    biases: tuple[torch.Tensor, torch.Tensor] | None
+    content_bias: torch.Tensor | None
+    distance_bias: torch.Tensor | None
 
 
-class DistanceEmbedding(NoPositions):
-    """sqrt(size) x, and [sin(d / 10000^(2i/size)), cos(...)] of every distance d that a token sees."""
+class ScaledEmbedding(NoPositions):
+    """sqrt(size) x."""
 
     def __init__(self, config: ArchTransformerXLConfig):
         super().__init__(config)
-        self.span = config.window.span
-        self.farthest = config.clamp_length or self.span
         self.biases = None if config.untie_biases else QueryBiases(config)
-        self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, hidden_states, position_ids):
-        size, wide = hidden_states.shape[-1], torch.promote_types(hidden_states.dtype, torch.float32)
-        distance = torch.arange(self.span, device=hidden_states.device, dtype=wide).clamp(max=self.farthest)
-        exponent = torch.arange(0, size, 2, device=hidden_states.device, dtype=wide) / size
-        angle = distance[:, None] * 10000**-exponent
-        waves = torch.cat((angle.sin(), angle.cos()), dim=-1)[:, :size].to(hidden_states.dtype)
-        # The parameters themselves, so that checkpointed layers find them in backward
-        shared = None if self.biases is None else (self.biases.content_bias, self.biases.distance_bias)
-        return hidden_states * size**0.5, Distances(self.dropout(waves), shared)
+        shared = (None, None) if self.biases is None else (self.biases.content_bias, self.biases.distance_bias)
+        return hidden_states * hidden_states.shape[-1] ** 0.5, SharedBiases(*shared)
 
 
 class RelativeKeys(Derived):
-    """What a layer's queries compare with for each distance: the same for every text."""
+    """A projection of [sin(d / 10000^(2i/size)), cos(...)] for every distance d that a token sees: the same for every
+    text."""
 
     def __init__(self, config: ArchTransformerXLConfig):
         super().__init__()
-        self.num_heads = config.num_attention_heads
+        self.span, self.num_heads = config.window.span, config.num_attention_heads
+        self.farthest = config.clamp_length or self.span
+        self.dropout = nn.Dropout(config.hidden_dropout)
         self.r_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
 
-    def forward(self, waves: torch.Tensor) -> torch.Tensor:
-        return self.derive(
-            "keys", lambda: self.r_proj(waves.to(self.r_proj.weight.dtype)).unflatten(-1, (self.num_heads, -1))
-        )
+    def forward(self) -> torch.Tensor:
+        """[span, heads, dim]."""
+        return self.derive("keys", self.make)
+
+    def make(self) -> torch.Tensor:
+        weight = self.r_proj.weight
+        size, wide = weight.shape[1], torch.promote_types(weight.dtype, torch.float32)
+        distance = torch.arange(self.span, device=weight.device, dtype=wide).clamp(max=self.farthest)
+        exponent = torch.arange(0, size, 2, device=weight.device, dtype=wide) / size
+        angle = distance[:, None] * 10000**-exponent
+        waves = torch.cat((angle.sin(), angle.cos()), dim=-1)[:, :size].to(weight.dtype)
+        return self.r_proj(self.dropout(waves)).unflatten(-1, (self.num_heads, -1))
 
 
 class SegmentRecurrence(Mixer):
@@ -101,7 +104,7 @@ class SegmentRecurrence(Mixer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        position_embeddings: Distances | None = None,
+        position_embeddings: SharedBiases | None = None,
         past_key_values: Cache | None = None,
         layer_idx: int = 0,
         **kwargs,
@@ -115,13 +118,13 @@ class SegmentRecurrence(Mixer):
             # What an earlier segment said trains the weights that look at it, but not the layers below
             still = tuple(self.project(name, hidden_states.detach()) for name in ("k_proj", "v_proj"))
         attend = dense_segment_attention if length == 1 else block_segment_attention
-        content_bias, distance_bias = self.query_biases(position_embeddings)
+        biases = self.biases or position_embeddings
         output, state = attend(
-            query + content_bias,
-            query + distance_bias,
+            query + biases.content_bias,
+            query + biases.distance_bias,
             key,
             value,
-            self.relative(position_embeddings.waves),
+            self.relative(),
             self.window,
             still=still,
             documents=attention_mask,
@@ -136,11 +139,6 @@ class SegmentRecurrence(Mixer):
     def project(self, name: str, hidden_states: torch.Tensor) -> torch.Tensor:
         return getattr(self, name)(hidden_states).unflatten(-1, (self.num_heads, -1))
 
-    def query_biases(self, distances: Distances) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.biases is None:
-            return distances.biases
-        return self.biases.content_bias, self.biases.distance_bias
-
     @staticmethod
     def recall(memory) -> SegmentState | None:
         held = [memory.read(f"memory_{name}") for name in SegmentState._fields]
@@ -149,7 +147,7 @@ class SegmentRecurrence(Mixer):
 
 class ArchTransformerXLModel(Backbone):
     config: ArchTransformerXLConfig
-    positions = DistanceEmbedding
+    positions = ScaledEmbedding
     mixers = {"segment_recurrence": SegmentRecurrence}
     norm_class = nn.LayerNorm
 
