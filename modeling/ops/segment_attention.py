@@ -21,8 +21,8 @@ import torch.nn.functional as F
 
 from .documents import Unpacked, document_runs, find_documents
 
-QUERIES = 128  # that are compared at once with the keys that any of them sees
-ROOM = 2**21  # scores that are written down at once, where more than one segment would fit: 8 MiB in float32
+QUERIES = 256  # that are compared at once with the keys that any of them sees
+ROOM = 2**20  # scores that are written down at once, where more than one segment would fit: 4 MiB in float32
 
 
 class Window(NamedTuple):
