@@ -131,9 +131,10 @@ def block_segment_attention(
         number, _ = places(documents, content, None)
         aligned, read, continued = align(number, initial_state, window)
         first = window.memory + read % window.segment - read
-    queries = [in_rows(x, aligned, window) for x in (content, distance)]
+    queries = [in_whole_segments(x, aligned, window) for x in (content, distance)]
     live, still = (
-        [F.pad(in_rows(x, aligned, window), (0, 0, 0, 0, window.memory, 0)) for x in pair] for pair in (live, still)
+        [F.pad(in_whole_segments(x, aligned, window), (0, 0, 0, 0, window.memory, 0)) for x in pair]
+        for pair in (live, still)
     )
     if initial_state is not None:
         held = [x[aligned.batch_row] for x in (initial_state.key, initial_state.value)]
@@ -282,7 +283,7 @@ def align(number, state: SegmentState | None, window: Window) -> tuple[Unpacked,
     return found._replace(place=found.place + late[found.row], lengths=found.lengths + late), read, continued
 
 
-def in_rows(x: torch.Tensor, aligned: Unpacked | None, window: Window) -> torch.Tensor:
+def in_whole_segments(x: torch.Tensor, aligned: Unpacked | None, window: Window) -> torch.Tensor:
     """[batch, length, ...] -> [rows, whole segments, ...]."""
     x = x if aligned is None else aligned.unpack(x)
     return F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % window.segment))

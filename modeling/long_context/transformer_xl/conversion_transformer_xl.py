@@ -80,7 +80,7 @@ def table(match, config) -> list[str]:
     return [f"model.embed_tokens.tables.{match[1]}.weight" if config.adaptive else "model.embed_tokens.weight"]
 
 
-def named(match, config) -> list[str]:
+def of_head(match, config) -> list[str]:
     number, kind = match.groups()
     return [f"lm_head.tables.{number}.{kind}" if config.adaptive else f"lm_head.{kind}"]
 
@@ -89,7 +89,7 @@ def thirds(tensor: torch.Tensor, config) -> tuple[torch.Tensor, ...]:
     return tensor.chunk(3)
 
 
-LAYER = r"transformer\.layers\.(\d+)\."
+OF_LAYER = r"transformer\.layers\.(\d+)\."
 TRANSFO_XL = Conversion(
     model_type="transfo-xl",
     config=transformer_xl_config,
@@ -101,24 +101,24 @@ TRANSFO_XL = Conversion(
         Rule(r"transformer\.pos_emb\.inv_freq"),  # computed
         Rule(r"transformer\.word_emb\.emb_layers\.(\d+)\.weight", table),
         Rule(r"transformer\.word_emb\.emb_projs\.(\d+)", r"model.embed_tokens.projections.\1.weight"),
-        Rule(r"crit\.out_layers\.(\d+)\.(weight|bias)", named),
+        Rule(r"crit\.out_layers\.(\d+)\.(weight|bias)", of_head),
         Rule(r"crit\.out_projs\.(\d+)", r"lm_head.projections.\1.weight"),
         Rule(r"crit\.cluster_(weight|bias)", r"lm_head.cluster_names.\1"),
         Rule(r"transformer\.r_w_bias", "model.embed_positions.biases.content_bias"),
         Rule(r"transformer\.r_r_bias", "model.embed_positions.biases.distance_bias"),
-        Rule(LAYER + r"dec_attn\.r_w_bias", r"model.layers.\1.mixer.biases.content_bias"),
-        Rule(LAYER + r"dec_attn\.r_r_bias", r"model.layers.\1.mixer.biases.distance_bias"),
+        Rule(OF_LAYER + r"dec_attn\.r_w_bias", r"model.layers.\1.mixer.biases.content_bias"),
+        Rule(OF_LAYER + r"dec_attn\.r_r_bias", r"model.layers.\1.mixer.biases.distance_bias"),
         Rule(
-            LAYER + r"dec_attn\.qkv_net\.weight",
+            OF_LAYER + r"dec_attn\.qkv_net\.weight",
             *(rf"model.layers.\1.mixer.{name}_proj.weight" for name in "qkv"),
             change=thirds,
         ),
-        Rule(LAYER + r"dec_attn\.r_net\.weight", r"model.layers.\1.mixer.relative.r_proj.weight"),
-        Rule(LAYER + r"dec_attn\.o_net\.weight", r"model.layers.\1.mixer.o_proj.weight"),
-        Rule(LAYER + r"dec_attn\.layer_norm\.(weight|bias)", r"model.layers.\1.residual.norm.mixer.\2"),
-        Rule(LAYER + r"pos_ff\.CoreNet\.0\.(weight|bias)", r"model.layers.\1.feed_forward.up_proj.\2"),
-        Rule(LAYER + r"pos_ff\.CoreNet\.3\.(weight|bias)", r"model.layers.\1.feed_forward.down_proj.\2"),
-        Rule(LAYER + r"pos_ff\.layer_norm\.(weight|bias)", r"model.layers.\1.residual.norm.feed_forward.\2"),
+        Rule(OF_LAYER + r"dec_attn\.r_net\.weight", r"model.layers.\1.mixer.relative.r_proj.weight"),
+        Rule(OF_LAYER + r"dec_attn\.o_net\.weight", r"model.layers.\1.mixer.o_proj.weight"),
+        Rule(OF_LAYER + r"dec_attn\.layer_norm\.(weight|bias)", r"model.layers.\1.residual.norm.mixer.\2"),
+        Rule(OF_LAYER + r"pos_ff\.CoreNet\.0\.(weight|bias)", r"model.layers.\1.feed_forward.up_proj.\2"),
+        Rule(OF_LAYER + r"pos_ff\.CoreNet\.3\.(weight|bias)", r"model.layers.\1.feed_forward.down_proj.\2"),
+        Rule(OF_LAYER + r"pos_ff\.layer_norm\.(weight|bias)", r"model.layers.\1.residual.norm.feed_forward.\2"),
     ),
 )
 
