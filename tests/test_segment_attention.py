@@ -9,12 +9,8 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_arch.modeling.ops import segment_attention
-from hf_arch.modeling.ops.segment_attention import (
-    SegmentState,
-    Window,
-    block_segment_attention,
-    dense_segment_attention,
-)
+from hf_arch.modeling.ops.segment_attention import block_segment_attention, dense_segment_attention
+from hf_arch.modeling.ops.segment_rows import SegmentState, Window
 
 EXACT = {"atol": 1e-11, "rtol": 1e-10}
 WINDOWS = [Window(16, 16), Window(16, 40), Window(20, 7), Window(16, 9, True), Window(7, 30, True), Window(1, 1)]

@@ -14,50 +14,14 @@ from 0 on; `still`, keys and values as numbers alone, of which no gradient reach
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from .documents import Unpacked, document_runs, find_documents
+from .segment_rows import Projected, SegmentState, Window, find_rows, joined, places, remember, with_held
 
 QUERIES = 256  # that are compared at once with the keys that any of them sees
 ROOM = 2**20  # scores that are written down at once, where more than one segment would fit: 4 MiB in float32
-
-
-class Window(NamedTuple):
-    """A token sees its segment up to itself, and `memory` tokens before the segment; with `same_length`, `memory`
-    tokens before itself, wherever its segment begins."""
-
-    segment: int
-    memory: int
-    same_length: bool = False
-
-    @property
-    def span(self) -> int:
-        """The keys that the queries of a segment see, all together."""
-        return self.memory + self.segment
-
-    @property
-    def held(self) -> int:
-        """The tokens that the next one may see: what a state has to hold."""
-        return self.memory if self.same_length else self.span - 1
-
-    def shows(self, query_place: torch.Tensor, key_place: torch.Tensor) -> torch.Tensor:
-        """Whether tokens at one place see those at the other, in the same document."""
-        first = query_place if self.same_length else query_place - query_place % self.segment
-        return (key_place >= (first - self.memory).clamp(min=0)) & (key_place <= query_place)
-
-
-class SegmentState(NamedTuple):
-    """The last tokens of the last document, right-aligned, zero where there are fewer; and how many it has had."""
-
-    key: torch.Tensor  # [batch, window.held, heads, dim]
-    value: torch.Tensor
-    read: torch.Tensor  # [batch]
-
-
-Projected = tuple[torch.Tensor, torch.Tensor]  # keys and values
 
 
 def dense_segment_attention(
@@ -97,8 +61,7 @@ def dense_segment_attention(
     else:
         output = torch.einsum("bhqk,bkhd->bqhd", weights * live, values)
         output = output + torch.einsum("bhqk,bkhd->bqhd", weights * ~live, still_values)
-    told = None if documents is None else number
-    state = remember(keys, values, window, told, initial_state) if output_final_state else None
+    state = remember(keys, values, window, documents, initial_state) if output_final_state else None
     return output, state
 
 
@@ -117,37 +80,18 @@ def block_segment_attention(
     dropout: float = 0.0,
 ):
     """The same answer, segments side by side: each is compared with its memory and itself."""
-    told = {"documents": documents, "initial_state": initial_state}
-    length = content.shape[1]
-    if length <= window.segment:
-        given = (content, distance, key, value, relative, window)
-        return dense_segment_attention(
-            *given, still=still, output_final_state=output_final_state, dropout=dropout, **told
-        )
-    live, still, number = (key, value), still or (key, value), None
-    if documents is None and initial_state is None:
-        aligned, first = None, torch.full((1,), window.memory, device=content.device)
-    else:
-        number, _ = places(documents, content, None)
-        aligned, read, continued = align(number, initial_state, window)
-        first = window.memory + read % window.segment - read
-    queries = [in_whole_segments(x, aligned, window) for x in (content, distance)]
-    live, still = (
-        [F.pad(in_whole_segments(x, aligned, window), (0, 0, 0, 0, window.memory, 0)) for x in pair]
-        for pair in (live, still)
-    )
-    if initial_state is not None:
-        held = [x[aligned.batch_row] for x in (initial_state.key, initial_state.value)]
-        live, still = (
-            [with_memory(x, old, read, continued, window) for x, old in zip(pair, held, strict=True)]
-            for pair in (live, still)
-        )
-    output = attend_blocks(*queries, live, still, first, relative, window, dropout)
-    output = output[:, :length] if aligned is None else aligned.repack(output, *number.shape)
+    if content.shape[1] <= window.segment:
+        told = {"still": still, "documents": documents, "initial_state": initial_state}
+        told |= {"output_final_state": output_final_state, "dropout": dropout}
+        return dense_segment_attention(content, distance, key, value, relative, window, **told)
+    rows = find_rows(content, documents, initial_state, window)
+    queries = [rows.lay(x) for x in (content, distance)]
+    live = rows.lay_keys((key, value), initial_state)
+    held = live if still is None else rows.lay_keys(still, initial_state)
+    output = rows.back(attend_blocks(*queries, live, held, rows.first, relative, window, dropout))
     if not output_final_state:
         return output, None
-    told = None if documents is None else number
-    return output, remember(*joined(initial_state, (key, value)), window, told, initial_state)
+    return output, remember(*joined(initial_state, (key, value)), window, documents, initial_state)
 
 
 def attend_blocks(content, distance, live, still, first, relative, window: Window, dropout: float):
@@ -224,76 +168,3 @@ def in_segments(x: torch.Tensor, segment: int) -> torch.Tensor:
 
 def wide_softmax(scores: torch.Tensor) -> torch.Tensor:
     return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-
-
-def places(documents, like, state: SegmentState | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """[batch, length] the number of each token's document, 0 for padding, and its place there."""
-    real, run = document_runs(documents, like)
-    count = real.cumsum(1)
-    starts = run.diff(dim=1, prepend=torch.ones_like(run[:, :1])) != 0
-    before = torch.where(starts, count - 1, 0).cummax(1).values
-    read = 0 if state is None else state.read[:, None] * (run == 1)
-    return run * real, count - 1 - before + read
-
-
-def with_held(number, place, read: torch.Tensor | None, window: Window) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same of what a state holds after `read` tokens, followed by the tokens themselves; -1 for what is none."""
-    number = torch.where(number > 0, number, -1)
-    if read is None:
-        return number, place
-    held = read[:, None] - torch.arange(window.held, 0, -1, device=place.device)
-    held_number = torch.where(held >= 0, torch.ones_like(held), -1)
-    return torch.cat((held_number, number), dim=1), torch.cat((held, place), dim=1)
-
-
-def joined(state: SegmentState | None, after: Projected) -> Projected:
-    """What a state holds, and what comes after."""
-    if state is None:
-        return after
-    return tuple(torch.cat((held.to(x.dtype), x), dim=1) for held, x in zip(state[:2], after, strict=True))
-
-
-def remember(keys, values, window: Window, number, state: SegmentState | None) -> SegmentState:
-    """The state after the tokens of documents `number` (None: one, all real), of what `joined` makes of them."""
-    keys, values = keys.detach(), values.detach()
-    if state is None:
-        room = (0, 0, 0, 0, window.held, 0)
-        read = torch.zeros(len(keys), dtype=torch.long, device=keys.device)
-        state, keys, values = SegmentState(keys, values, read), F.pad(keys, room), F.pad(values, room)
-    length = keys.shape[1] - window.held
-    if number is None:
-        return SegmentState(keys[:, length:], values[:, length:], state.read + length)
-    last = number.max(dim=1, keepdim=True).values.clamp(min=1)
-    read = torch.where(last[:, 0] == 1, state.read, 0) + (number == last).sum(1)
-    member = with_held(number, number, state.read, window)[0] == last
-    order = member.to(torch.uint8).argsort(dim=1, stable=True)[:, -window.held :]
-    kept = member.gather(1, order)[..., None, None]
-    index = order[..., None, None].expand(-1, -1, *keys.shape[2:])
-    return SegmentState(keys.gather(1, index) * kept, values.gather(1, index) * kept, read)
-
-
-def align(number, state: SegmentState | None, window: Window) -> tuple[Unpacked, torch.Tensor, torch.Tensor]:
-    """Documents as rows that begin where a segment does; for each, how many of its tokens a state has read, and
-    whether it is the one that the state is of."""
-    found = find_documents(number)
-    starts = number.flatten()[found.token[found.place == 0]]
-    continued = found.first & (starts == 1)
-    read = torch.zeros_like(found.lengths) if state is None else state.read[found.batch_row] * continued
-    late = read % window.segment
-    return found._replace(place=found.place + late[found.row], lengths=found.lengths + late), read, continued
-
-
-def in_whole_segments(x: torch.Tensor, aligned: Unpacked | None, window: Window) -> torch.Tensor:
-    """[batch, length, ...] -> [rows, whole segments, ...]."""
-    x = x if aligned is None else aligned.unpack(x)
-    return F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % window.segment))
-
-
-def with_memory(memories, held, read, continued, window: Window) -> torch.Tensor:
-    """`memories` [rows, memory + length, heads, dim] with what the state has `held` of each row before its tokens."""
-    slot = torch.arange(window.span, device=held.device)
-    source = slot - (window.memory + read % window.segment)[:, None] + window.held
-    there = (source >= 0) & (source < window.held) & continued[:, None]
-    index = source.clamp(0, window.held - 1)[..., None, None].expand(-1, -1, *held.shape[2:])
-    begun = torch.where(there[..., None, None], held.gather(1, index).to(memories.dtype), memories[:, : window.span])
-    return torch.cat((begun, memories[:, window.span :]), dim=1)

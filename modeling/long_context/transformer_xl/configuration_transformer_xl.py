@@ -2,7 +2,7 @@
 
 from huggingface_hub.dataclasses import strict
 
-from ...ops.segment_attention import Window
+from ...ops.segment_rows import Window
 from ...skeleton.config import ArchConfig
 
 

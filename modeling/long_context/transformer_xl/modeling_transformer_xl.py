@@ -12,7 +12,8 @@ from ...layers.derived import Derived
 from ...layers.mixer import Mixer
 from ...layers.positions import NoPositions
 from ...layers.residual import PostNorm, PreNorm
-from ...ops.segment_attention import SegmentState, block_segment_attention, dense_segment_attention
+from ...ops.segment_attention import block_segment_attention, dense_segment_attention
+from ...ops.segment_rows import SegmentState
 from ...skeleton.backbone import Backbone
 from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
 from ...skeleton.heads import CausalLM
