@@ -21,6 +21,7 @@ from hf_arch.modeling.layers.experts import SparseFeedForward
 from hf_arch.modeling.layers.feed_forward import MLP
 from hf_arch.modeling.layers.mixer import Mixer
 from hf_arch.modeling.layers.state_space import DiagonalStateSpace
+from hf_arch.modeling.long_context.transformer_xl.modeling_transformer_xl import SegmentRecurrence
 from hf_arch.modeling.skeleton.backbone import Backbone
 from hf_arch.modeling.state_space.h3.modeling_h3 import H3
 from hf_arch.modeling.state_space.retnet.modeling_retnet import MultiScaleRetention
@@ -126,6 +127,18 @@ def attention(module: Attention, span: Span) -> Cost:
         operations=4 * pairs * size,
         exponentials=pairs * heads,
         numbers=keys * (module.k_proj.out_features + module.v_proj.out_features),
+    )
+
+
+@cost.register
+def segment_recurrence(module: SegmentRecurrence, span: Span) -> Cost:
+    """By content, by distance, and values; the keys of distances are made once for all texts."""
+    places = torch.arange(span.before, span.before + span.tokens)
+    pairs = int((places + 1 - module.window.first_seen(places)).sum())
+    keys = min(span.before + span.tokens, module.window.span)
+    size = module.q_proj.out_features
+    return projections(module, span) + Cost(
+        operations=6 * pairs * size, exponentials=pairs * module.num_heads, numbers=3 * keys * size
     )
 
 

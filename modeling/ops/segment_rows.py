@@ -29,10 +29,14 @@ class Window(NamedTuple):
         """The tokens that the next one may see: what a state has to hold."""
         return self.memory if self.same_length else self.span - 1
 
+    def first_seen(self, place: torch.Tensor) -> torch.Tensor:
+        """The first place that a token sees."""
+        start = place if self.same_length else place - place % self.segment
+        return (start - self.memory).clamp(min=0)
+
     def shows(self, query_place: torch.Tensor, key_place: torch.Tensor) -> torch.Tensor:
         """Whether tokens at one place see those at the other, in the same document."""
-        first = query_place if self.same_length else query_place - query_place % self.segment
-        return (key_place >= (first - self.memory).clamp(min=0)) & (key_place <= query_place)
+        return (key_place >= self.first_seen(query_place)) & (key_place <= query_place)
 
 
 class SegmentState(NamedTuple):
