@@ -8,6 +8,7 @@ from test_recurrences import some_documents
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
+from hf_arch.bench.worker.serve import ON_CPU
 from hf_arch.modeling.ops import segment_attention
 from hf_arch.modeling.ops.segment_attention import block_segment_attention, dense_segment_attention
 from hf_arch.modeling.ops.segment_rows import SegmentState, Window
@@ -121,7 +122,7 @@ def test_a_memory_of_the_whole_text_is_full_attention():
 @torch.no_grad()
 def test_work_and_the_largest_tensor_do_not_grow_faster_than_the_length(window):
     def work(length):
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counter:
             block_segment_attention(*some_tensors(length, window), window)
         return counter.get_total_flops()
 

@@ -22,6 +22,7 @@ from hf_arch.modeling.layers.feed_forward import MLP
 from hf_arch.modeling.layers.mixer import Mixer
 from hf_arch.modeling.layers.state_space import DiagonalStateSpace
 from hf_arch.modeling.long_context.transformer_xl.modeling_transformer_xl import SegmentRecurrence
+from hf_arch.modeling.ops.segment_rows import Window
 from hf_arch.modeling.skeleton.backbone import Backbone
 from hf_arch.modeling.state_space.h3.modeling_h3 import H3
 from hf_arch.modeling.state_space.retnet.modeling_retnet import MultiScaleRetention
@@ -61,6 +62,12 @@ def visible_pairs(span: Span, window: int | None = None, causal: bool = True) ->
     if window is None:
         return span.tokens * span.before + span.tokens * (span.tokens + 1) / 2
     return sum(min(position + 1, window) for position in range(span.before, keys))
+
+
+def segment_pairs(window: Window, span: Span) -> int:
+    """The same where a token sees its segment and a memory before it."""
+    places = torch.arange(span.before, span.before + span.tokens)
+    return int((places + 1 - window.first_seen(places)).sum())
 
 
 @singledispatch
@@ -133,9 +140,7 @@ def attention(module: Attention, span: Span) -> Cost:
 @cost.register
 def segment_recurrence(module: SegmentRecurrence, span: Span) -> Cost:
     """By content, by distance, and values; the keys of distances are made once for all texts."""
-    places = torch.arange(span.before, span.before + span.tokens)
-    pairs = int((places + 1 - module.window.first_seen(places)).sum())
-    keys = min(span.before + span.tokens, module.window.span)
+    pairs, keys = segment_pairs(module.window, span), min(span.before + span.tokens, module.window.span)
     size = module.q_proj.out_features
     return projections(module, span) + Cost(
         operations=6 * pairs * size, exponentials=pairs * module.num_heads, numbers=3 * keys * size

@@ -43,8 +43,9 @@ def dense_segment_attention(
     key_number, key_place = with_held(number, place, None if initial_state is None else initial_state.read, window)
     visible = (key_number[:, None] == number[:, :, None]) & window.shows(place[:, :, None], key_place[:, None])
     visible = visible[:, None]
-    away = (place[:, :, None] - key_place[:, None]).clamp(0, window.span - 1)[:, None]
     keys, values = joined(initial_state, (key, value))
+    farthest = min(window.span, keys.shape[1]) - 1
+    away = (place[:, :, None] - key_place[:, None]).clamp(0, farthest)[:, None]
     scale = content.shape[-1] ** -0.5
     scores = torch.einsum("bqhd,bkhd->bhqk", content * scale, keys)
     if still is not None:
@@ -52,7 +53,7 @@ def dense_segment_attention(
         live = (segment[:, :, None] == key_segment[:, None])[:, None]
         still_keys, still_values = joined(initial_state, still)
         scores = torch.where(live, scores, torch.einsum("bqhd,bkhd->bhqk", content * scale, still_keys))
-    by_distance = torch.einsum("bqhd,rhd->bhqr", distance * scale, relative)
+    by_distance = torch.einsum("bqhd,rhd->bhqr", distance * scale, relative[: keys.shape[1]])
     scores = scores + by_distance.gather(-1, away.expand(-1, scores.shape[1], -1, -1))
     scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     weights = F.dropout(wide_softmax(scores).to(values.dtype), dropout, dropout > 0)
