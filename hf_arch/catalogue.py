@@ -200,6 +200,15 @@ ARCHITECTURES = (
         },
     ),
     Architecture(
+        "transformer_xl",
+        "ArchTransformerXL",
+        family="long_context",
+        title="Transformer-XL",
+        paper="arXiv:1901.02860",
+        lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "r_proj", "gate_proj", "up_proj", "down_proj"),
+        tiny={"segment_length": 16, "memory_length": 20},
+    ),
+    Architecture(
         "mixtral",
         "ArchMixtral",
         family="moe",

@@ -57,6 +57,24 @@ VARIANTS = {
         "modal": {"layer_types": ["modal_hyena"] * 2, "state_size": 5, "hyena_order": 3},
         "mixed": {"layer_types": ["modal_hyena", "hyena"], "state_size": 3},
     },
+    "transformer_xl": {
+        "same_length": {"same_length": True, "memory_length": 9, "clamp_length": 7, "num_attention_heads": 2}
+        | {"untie_biases": False, "head_dim": 12},
+        "adaptive": {
+            "cutoffs": [20, 50],
+            "div_val": 2,
+            "tie_word_embeddings": True,
+            "tie_projections": [False, True, True],
+        },
+        "pre_norm": {
+            "residual_type": "pre_norm",
+            "embedding_size": 24,
+            "cutoffs": [20, 50],
+            "segment_length": 24,
+            "memory_length": 7,
+        }
+        | {"feed_forward_types": ["gated", "sparse"], "num_local_experts": 4, "mlp_bias": False},
+    },
     "mixtral": {"sliding": {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9}},
     "hat": {
         "one_level": {"segment_lengths": [], "layer_types": ["level_0"] * 3},
@@ -224,7 +242,11 @@ def some_tokens(batch: int = 2, length: int = LENGTH, seed: int = 1) -> torch.Te
 def sums(past_key_values) -> list[torch.Tensor]:
     """The states that add up what was read. Those of convolutions and shifts hold copies of it, in its own type."""
     named = [item for layer in cache_layers_of(past_key_values) for item in getattr(layer, "states", {}).items()]
-    return [state for name, state in named if not any(kind in name for kind in ("convolution", "shift", "history"))]
+    return [
+        state
+        for name, state in named
+        if not any(kind in name for kind in ("convolution", "shift", "history", "memory"))
+    ]
 
 
 def inputs_and_labels(case: Case, model: nn.Module) -> dict[str, torch.Tensor]:

@@ -21,25 +21,31 @@ from hf_arch.bench.run import lengths_of, run
 from hf_arch.bench.settings import MEASURES, SMALL, Settings, settings_for
 from hf_arch.bench.worker.hugging_face import Ours, StaticTransformers, Transformers
 from hf_arch.bench.worker.memory import in_a_fork, peak_bytes
+from hf_arch.bench.worker.serve import ON_CPU
 from hf_arch.bench.worker.subject import held_bytes
 from hf_arch.modeling.layers.mixer import Mixer
+from hf_arch.modeling.ops.segment_rows import Window
 
 REPOSITORY = Path(__file__).parent.parent
 SHAPE = SMALL | {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "vocab_size": 50}
 RATES = {"matmul": 1e9, "bandwidth": 1e8, "exponential": 1e7}
 
 
+WINDOWS = {"transformer_xl": {"segment_length": 32, "memory_length": 32}}  # smaller than the text
+
+
 def paper(row, **fields):
-    return floors.on_paper(row, head_of(row), SHAPE | fields)
+    return floors.on_paper(row, head_of(row), SHAPE | WINDOWS.get(row.name, {}) | fields)
 
 
 def counted(row, span, **fields) -> int:
     """Operations of matrix products as torch counts them, every pair of tokens among them."""
-    model = row.load(head_of(row))(row.load("Config")(**(SHAPE | fields))).eval()
+    model = row.load(head_of(row))(row.load("Config")(**(SHAPE | WINDOWS.get(row.name, {}) | fields))).eval()
     model.set_attn_implementation("eager")
     with torch.no_grad():
+        model(torch.full((1, 1), 5))  # what is made once for all texts
         cache = model(torch.full((1, span.before), 5), use_cache=True).past_key_values if span.before else None
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counter:
             model(torch.full((1, span.tokens), 5), past_key_values=cache, use_cache=cache is not None)
     return counter.get_total_flops()
 
@@ -55,6 +61,7 @@ COUNTED += [(row, STEP) for row in ARCHITECTURES if head_of(row) == "ForCausalLM
 @pytest.mark.parametrize("row, span", COUNTED, ids=lambda of: getattr(of, "name", None) or f"{of.before}-{of.tokens}")
 def test_floors_count_what_is_computed(row, span, monkeypatch):
     monkeypatch.setattr(costs, "visible_pairs", lambda span, *kind: span.tokens * (span.before + span.tokens))
+    monkeypatch.setattr(costs, "segment_pairs", lambda window, span: span.tokens * window.span)
     operations = costs.cost(paper(row), span).operations
     if span.tokens == 1 and "bounded state" not in row.exceptions:  # a step need not be made of matrix products
         assert counted(row, span) <= 1.02 * operations
@@ -71,6 +78,9 @@ def test_only_pairs_that_are_seen_are_counted():
         assert costs.visible_pairs(span) == pairs_by_hand(span, 1000)
         assert costs.visible_pairs(span, window=9) == pairs_by_hand(span, 9)
         assert costs.visible_pairs(span, causal=False) == span.tokens * sum(span)
+        assert costs.segment_pairs(Window(99, 1), span) == pairs_by_hand(span, 1000)
+        assert costs.segment_pairs(Window(5, 8, True), span) == pairs_by_hand(span, 9)
+    assert costs.segment_pairs(Window(4, 3), costs.Span(4, 4)) == 4 + 5 + 6 + 7
 
 
 def test_layers_that_share_weights_are_as_much_work():

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import singledispatch
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from hf_arch.modeling.hierarchical.hat.modeling_hat import ArchHatModel
@@ -16,6 +17,8 @@ from hf_arch.modeling.layers.attention import Attention
 from hf_arch.modeling.layers.experts import SparseFeedForward
 from hf_arch.modeling.layers.feed_forward import MLP
 from hf_arch.modeling.layers.mixer import Mixer
+from hf_arch.modeling.long_context.transformer_xl.modeling_transformer_xl import SegmentRecurrence
+from hf_arch.modeling.ops.segment_rows import Window
 from hf_arch.modeling.skeleton.backbone import Backbone
 
 CHUNK = 64  # tokens that a linear recurrence takes at once: fewer do not fill a matrix product, more are more work
@@ -50,6 +53,12 @@ def visible_pairs(span: Span, window: int | None = None, causal: bool = True) ->
     if window is None:
         return span.tokens * span.before + span.tokens * (span.tokens + 1) / 2
     return sum(min(position + 1, window) for position in range(span.before, keys))
+
+
+def segment_pairs(window: Window, span: Span) -> int:
+    """The same where a token sees its segment and a memory before it."""
+    places = torch.arange(span.before, span.before + span.tokens)
+    return int((places + 1 - window.first_seen(places)).sum())
 
 
 @singledispatch
@@ -116,6 +125,16 @@ def attention(module: Attention, span: Span) -> Cost:
         operations=4 * pairs * size,
         exponentials=pairs * heads,
         numbers=keys * (module.k_proj.out_features + module.v_proj.out_features),
+    )
+
+
+@cost.register
+def segment_recurrence(module: SegmentRecurrence, span: Span) -> Cost:
+    """By content, by distance, and values; the keys of distances are made once for all texts."""
+    pairs, keys = segment_pairs(module.window, span), min(span.before + span.tokens, module.window.span)
+    size = module.q_proj.out_features
+    return projections(module, span) + Cost(
+        operations=6 * pairs * size, exponentials=pairs * module.num_heads, numbers=3 * keys * size
     )
 
 

@@ -83,6 +83,26 @@ PEERS = (
         measures=(*FORWARD, "step"),
         environment=Environment("torchscale", unaided=("torchscale==0.3.0",)),
     ),
+    Peer(
+        "transfo_xl",
+        "transformer_xl",
+        "transfo_xl:TransfoXL",
+        measures=(*FORWARD, "step"),
+        environment=Environment(
+            "transfo_xl",
+            packages=(
+                "huggingface_hub<1",
+                "pyyaml",
+                "regex",
+                "requests",
+                "tqdm",
+                "packaging",
+                "filelock",
+                "safetensors",
+            ),
+            unaided=("transformers==4.36.2",),
+        ),
+    ),
 )
 
 

@@ -184,6 +184,7 @@ RECURRENT = (
     "s4",
     "s4d",
     "s6",
+    "segment_recurrence",
     "ssd",
 )
 DYNAMIC_LAYER_TYPE_MAPPING |= dict.fromkeys(RECURRENT, RecurrentCacheLayer)

@@ -8,9 +8,16 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+ADAPTERS = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")  # what PEFT turns beside parameters
+
+
+def adapters_of(module: nn.Module) -> tuple[str, ...]:
+    """What changes when an adapter within the module is turned on or off."""
+    return tuple(repr(getattr(part, name, None)) for part in module.modules() for name in ADAPTERS)
+
 
 class Derived(nn.Module):
-    """A module that keeps what it made of its parameters until one of them changes.
+    """A module that keeps what it made of its parameters until one of them, or an adapter, changes.
 
     Nothing is kept where gradients are recorded, while a model is compiled, or where an adapter stands in for a
     parameter. A change by way of `parameter.data`
@@ -30,6 +37,7 @@ class Derived(nn.Module):
             if is_parametrized(self) or any(parameter.is_inference() for parameter in parameters):
                 return make()  # their changes cannot be counted
             state = tuple((parameter.data_ptr(), parameter._version, parameter.dtype) for parameter in parameters)
+            state += adapters_of(self)
             if name not in self.made or self.made[name][0] != state:
                 with torch.inference_mode(False), torch.no_grad():  # the parameters too: no other takes their place
                     self.made[name] = state, make(), parameters

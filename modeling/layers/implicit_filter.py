@@ -10,9 +10,9 @@ from torch import nn
 from transformers import initialization as init
 
 from ..ops.long_convolution import GROUP, SMALLEST, KernelTransform, transform_kernel
+from .derived import adapters_of
 
 FASTEST, SLOWEST, FADED = 0.3, 1.5, 1e-2  # times, of the longest text, by which channels fade to a hundredth
-ADAPTERS = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")  # what PEFT turns beside parameters
 
 
 class WideLinear(nn.Linear):
@@ -89,7 +89,7 @@ class ImplicitFilter(nn.Module):
         """What changes when the filters do."""
         return (
             *((id(p), p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in self.parameters()),
-            *(repr(getattr(module, name, None)) for module in self.modules() for name in ADAPTERS),
+            *adapters_of(self),
         )
 
     def kernels(self, taps: int) -> list[torch.Tensor]:

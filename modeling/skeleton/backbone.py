@@ -77,7 +77,7 @@ class Backbone(ArchPreTrainedModel):
 
     def __init__(self, config: ArchConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = self.make_embedding()
         if config.type_vocab_size:
             self.embed_segments = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.embed_positions = self.positions(config)
@@ -96,6 +96,9 @@ class Backbone(ArchPreTrainedModel):
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         follow_optimizers(self, self.own_weights)  # a copy has optimizers of its own
+
+    def make_embedding(self) -> nn.Module:
+        return nn.Embedding(self.config.vocab_size, self.config.hidden_size, self.config.pad_token_id)
 
     def make_norm(self) -> nn.Module:
         return self.norm_class(self.config.hidden_size, self.config.norm_eps)

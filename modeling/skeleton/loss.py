@@ -36,7 +36,7 @@ def chunked_cross_entropy(
     """
     targets = targets_of(labels, shift_labels, ignore_index).to(hidden_states.device)
     tokens = hidden_states.flatten(0, 1)
-    chunk = max(1, LOGITS_AT_ONCE // lm_head.weight.shape[0])
+    chunk = max(1, LOGITS_AT_ONCE // lm_head.out_features)
 
     def loss_of(part: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(lm_head(part).float(), target, ignore_index=ignore_index, reduction="sum")
