@@ -183,6 +183,22 @@ ARCHITECTURES = (
         },
     ),
     Architecture(
+        "longformer",
+        "ArchLongformer",
+        family="long_context",
+        title="Longformer",
+        paper="arXiv:2004.05150",
+        heads=(
+            *("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification"),
+            *("ForQuestionAnswering", "ForMultipleChoice"),
+        ),
+        lora_targets=(
+            *("q_proj", "k_proj", "v_proj", "o_proj", "q_global_proj", "k_global_proj", "v_global_proj"),
+            *("up_proj", "down_proj"),
+        ),
+        tiny={"attention_window": [8, 12], "attention_dilation": [1, 2], "num_global_tokens": 1},
+    ),
+    Architecture(
         "mixtral",
         "ArchMixtral",
         family="moe",

@@ -57,6 +57,10 @@ VARIANTS = {
         "modal": {"layer_types": ["modal_hyena"] * 2, "state_size": 5, "hyena_order": 3},
         "mixed": {"layer_types": ["modal_hyena", "hyena"], "state_size": 3},
     },
+    "longformer": {
+        "wide": {"attention_window": 200, "attention_dilation": 1, "num_global_tokens": 0},
+        "questions": {"attention_window": 6, "attention_dilation": 3, "num_global_tokens": 5},
+    },
     "mixtral": {"sliding": {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9}},
     "hat": {
         "one_level": {"segment_lengths": [], "layer_types": ["level_0"] * 3},

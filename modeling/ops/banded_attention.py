@@ -4,8 +4,7 @@ A token sees, of its own document, the `before` tokens before it and the `after`
 landmarks; of a band without an after, which is causal, only landmarks that are not after it. With a `dilation` of d, it
 sees only every d-th token, as many, so that it reaches d times as far. Distances are counted in real tokens.
 
-Cost and memory are linear in the length: queries in blocks attend to the blocks of keys around theirs, all blocks at
-once.
+Cost and memory are linear in the length: queries in blocks attend to the keys around their block, all blocks at once.
 """
 
 import math
@@ -46,7 +45,8 @@ class Band(NamedTuple):
 
     length: int
     block: int
-    around: tuple[int, int]  # blocks of keys before that of the queries, and after it
+    before: int  # keys before those of the block, among tokens that may see each other
+    after: int
     dilation: int
     mask: torch.Tensor  # [batch * dilation * blocks, 1, block, keys and landmarks], added to the scores
     landmarks: torch.Tensor | None  # [batch, count] where they are, among tokens in order
@@ -59,7 +59,7 @@ class Band(NamedTuple):
     @property
     def keys(self) -> int:
         """How many keys a block has around it."""
-        return (sum(self.around) + 1) * self.block
+        return self.before + self.block + self.after
 
     def in_order(self, x: torch.Tensor) -> torch.Tensor:
         """x [batch, length, ...] with the tokens in order."""
@@ -71,11 +71,8 @@ class Band(NamedTuple):
 
     def around_queries(self, x: torch.Tensor, value: int = 0) -> torch.Tensor:
         """[batch, length, ...] in order -> [batch * dilation * blocks, keys, ...], `value` past the ends."""
-        before, after = (count * self.block for count in self.around)
-        rows = F.pad(self.rows(x, value), (0, 0) * (x.ndim - 2) + (before, after), value=value)
-        pieces = rows.unflatten(1, (-1, self.block))
-        shifted = [pieces[:, i : i + self.blocks] for i in range(sum(self.around) + 1)]
-        return torch.cat(shifted, dim=2).flatten(0, 1)
+        rows = F.pad(self.rows(x, value), (0, 0) * (x.ndim - 2) + (self.before, self.after), value=value)
+        return rows.unfold(1, self.keys, self.block).movedim(-1, 2).flatten(0, 1)
 
     def rows(self, x: torch.Tensor, value: int) -> torch.Tensor:
         """[batch, length, ...] -> [batch * dilation, blocks * block, ...]: tokens that may see each other as rows."""
@@ -114,8 +111,10 @@ def make_band(
     dilation: int = 1,
     documents: torch.Tensor | None = None,
     landmarks: torch.Tensor | None = None,
+    most: int | None = None,
 ) -> Band:
-    """The band of a batch like `like` [batch, length, ...]; documents and landmarks as for `visible_in_band`."""
+    """The band of a batch like `like` [batch, length, ...]; documents and landmarks as for `visible_in_band`. `most` is
+    how many landmarks a row has at most, where that is known."""
     batch, length = like.shape[:2]
     if documents is None:
         documents = torch.ones(batch if landmarks is not None else 1, length, dtype=torch.long, device=like.device)
@@ -127,16 +126,16 @@ def make_band(
     steps = -(-length // dilation)
     before, after = min(before, steps - 1), min(after, steps - 1)
     block = min(max(BLOCKS[0], 2 ** round(math.log2(max(before, after, 1) / 2))), BLOCKS[1], steps)
-    band = Band(length, block, (-(-before // block), -(-after // block)), dilation, like, None, order)
+    band = Band(length, block, before, after, dilation, like, None, order)
     queries, keys = band.rows(documents, NO_QUERY), documents
     if landmarks is not None:
         keys = keys.masked_fill(landmarks, NONE)
     queries = queries.flatten(0, 1).unflatten(0, (-1, block))[..., None]
-    distance = torch.arange(band.keys, device=like.device) - band.around[0] * block
+    distance = torch.arange(band.keys, device=like.device) - before
     distance = distance - torch.arange(block, device=like.device)[:, None]
     seen = (queries == own_or_near(band, keys)) & (distance >= -before) & (distance <= after)
     if landmarks is not None:
-        found, there = landmark_columns(landmarks)
+        found, there = landmark_columns(landmarks, most)
         if found.shape[1]:
             seen = torch.cat((seen, sees_landmarks(band, queries, documents, found, there, after == 0)), dim=-1)
             band = band._replace(landmarks=found)
@@ -163,11 +162,11 @@ def band_edges(band: Band, keys: torch.Tensor) -> torch.Tensor:
     return F.pad(keys, (0, missing), value=NO_QUERY)
 
 
-def landmark_columns(landmarks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def landmark_columns(landmarks: torch.Tensor, most: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Columns [batch, count] of the landmarks of each row, all different, and whether there is one; rows with fewer are
     filled up with other columns."""
     counts = landmarks.sum(1)
-    most = int(counts.max())
+    most = int(counts.max()) if most is None else min(most, landmarks.shape[1])
     columns = landmarks.long().sort(dim=1, descending=True, stable=True).indices[:, :most]
     return columns, torch.arange(most, device=landmarks.device) < counts[:, None]
 
