@@ -124,7 +124,7 @@ def make_band(
     if order is not None:
         documents, landmarks = (None if x is None else x.gather(1, order) for x in (documents, landmarks))
     steps = -(-length // dilation)
-    before, after = min(before, steps - 1), min(after, steps - 1)
+    causal, before, after = after == 0, min(before, steps - 1), min(after, steps - 1)
     block = min(max(BLOCKS[0], 2 ** round(math.log2(max(before, after, 1) / 2))), BLOCKS[1], steps)
     band = Band(length, block, before, after, dilation, like, None, order)
     queries, keys = band.rows(documents, NO_QUERY), documents
@@ -137,7 +137,7 @@ def make_band(
     if landmarks is not None:
         found, there = landmark_columns(landmarks, most)
         if found.shape[1]:
-            seen = torch.cat((seen, sees_landmarks(band, queries, documents, found, there, after == 0)), dim=-1)
+            seen = torch.cat((seen, sees_landmarks(band, queries, documents, found, there, causal)), dim=-1)
             band = band._replace(landmarks=found)
     mask = torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, -math.inf)
     return band._replace(mask=mask.repeat(batch // len(documents), 1, 1)[:, None])

@@ -61,10 +61,7 @@ class WindowAttention(BidirectionalAttention):
         band = attention_mask.bands[self.band]
         query, key, value = (self.heads(proj(hidden_states)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         output, weights = banded_attention(query, key, value, band, **self.options())
-        if output_attentions and weights is not None:
-            weights = dense_weights(weights, band)
-        else:
-            weights = None
+        weights = dense_weights(weights, band) if output_attentions and weights is not None else None
         return self.answer(*self.everywhere(hidden_states, output, weights, attention_mask.everywhere))
 
     def heads(self, x: torch.Tensor) -> torch.Tensor:
