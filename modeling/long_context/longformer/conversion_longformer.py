@@ -10,7 +10,6 @@ from collections.abc import Callable
 import torch
 from transformers import LongformerConfig, RobertaConfig
 
-from ...dense.transformer.conversion_transformer import BERT_LAYER
 from ...hierarchical.hat.conversion_hat import ROBERTA_HEADS, WARM, encoder_config, encoder_rules
 from ...skeleton.conversion import Conversion, Fields, Rule
 
