@@ -178,7 +178,6 @@ ARCHITECTURES = (
         tiny={"sliding_window": 9, "mixer_options": {"s6": {"state_size": 8}}},
         exceptions={
             "padding does not enter the state": "transformers' cache of a window counts columns, padding included.",
-            "linear cost": "A window is a mask on attention that compares all pairs of tokens.",
             "assisted decoding": "A window forgets what a recurrence would have to read again.",
         },
     ),
