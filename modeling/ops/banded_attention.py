@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from transformers.utils.import_utils import is_tracing
 
-BLOCKS = (32, 128)  # queries of a block: the least that fills a matrix product, and the most; keys are copied for each
+# Queries of a block: the least that fills a matrix product, and the most, without a backward pass and with one, to which
+# a block is more trouble
+LEAST, MOST = 32, {False: 128, True: 256}
 
 Kernel = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 NONE, NO_QUERY = -2, -1  # in the place of a document's number: no key, and no query
@@ -111,10 +113,10 @@ def make_band(
     dilation: int = 1,
     documents: torch.Tensor | None = None,
     landmarks: torch.Tensor | None = None,
-    most: int | None = None,
+    landmark_count: int | None = None,
 ) -> Band:
-    """The band of a batch like `like` [batch, length, ...]; documents and landmarks as for `visible_in_band`. `most` is
-    how many landmarks a row has at most, where that is known."""
+    """The band of a batch like `like` [batch, length, ...]; documents and landmarks as for `visible_in_band`.
+    `landmark_count` is how many a row has at most, where that is known."""
     batch, length = like.shape[:2]
     if documents is None:
         documents = torch.ones(batch if landmarks is not None else 1, length, dtype=torch.long, device=like.device)
@@ -125,7 +127,8 @@ def make_band(
         documents, landmarks = (None if x is None else x.gather(1, order) for x in (documents, landmarks))
     steps = -(-length // dilation)
     causal, before, after = after == 0, min(before, steps - 1), min(after, steps - 1)
-    block = min(max(BLOCKS[0], 2 ** round(math.log2(max(before, after, 1) / 2))), BLOCKS[1], steps)
+    most = MOST[torch.is_grad_enabled()]
+    block = min(max(LEAST, 2 ** round(math.log2(max(before, after, 1) * most / 256))), most, steps)
     band = Band(length, block, before, after, dilation, like, None, order)
     queries, keys = band.rows(documents, NO_QUERY), documents
     if landmarks is not None:
@@ -135,7 +138,7 @@ def make_band(
     distance = distance - torch.arange(block, device=like.device)[:, None]
     seen = (queries == own_or_near(band, keys)) & (distance >= -before) & (distance <= after)
     if landmarks is not None:
-        found, there = landmark_columns(landmarks, most)
+        found, there = landmark_columns(landmarks, landmark_count)
         if found.shape[1]:
             seen = torch.cat((seen, sees_landmarks(band, queries, documents, found, there, causal)), dim=-1)
             band = band._replace(landmarks=found)

@@ -126,7 +126,7 @@ def window_mask(
     else:
         everywhere = first_of_documents(documents, global_tokens)
     told = find_global_tokens(everywhere, documents, inputs_embeds, most)
-    marks = {"documents": documents, "landmarks": None if told is None else everywhere, "most": most}
+    marks = {"documents": documents, "landmarks": None if told is None else everywhere, "landmark_count": most}
     kinds = {band_of(config, layer_idx) for layer_idx in range(config.num_hidden_layers)}
     bands = {
         (window, dilation): make_band(inputs_embeds, window // 2, window // 2, dilation, **marks)
