@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from transformers.utils.import_utils import is_tracing
 
-# Queries of a block: the least that fills a matrix product, and the most, without a backward pass and with one, to which
-# a block is more trouble
+# Queries of a block: the least that fills a matrix product, and the most, without a backward pass and with one, which
+# has more trouble with each block
 LEAST, MOST = 32, {False: 128, True: 256}
 
 Kernel = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
