@@ -197,7 +197,11 @@ DECODERS = [
     ),
 ]
 ENCODERS = [Case(row, "ForMaskedLM") for row in ARCHITECTURES if "ForMaskedLM" in row.heads]
-ALSO_ENCODERS = {"transformer": ("vaswani", "alibi", "t5"), "s4": ("bilinear",)}  # of the choices of decoders
+ALSO_ENCODERS = {
+    "transformer": ("vaswani", "alibi", "t5"),
+    "s4": ("bilinear",),
+    "longformer": ("wide", "questions"),
+}  # of the choices of decoders
 ENCODERS += [
     Case(case.row, case.head, f"bidirectional_{name}", VARIANTS[case.row.name][name])
     if "ForCausalLM" in case.row.heads
@@ -232,7 +236,7 @@ def some_tokens(batch: int = 2, length: int = LENGTH, seed: int = 1) -> torch.Te
 def sums(past_key_values) -> list[torch.Tensor]:
     """The states that add up what was read. Those of convolutions hold copies of it, in its own type."""
     named = [item for layer in cache_layers_of(past_key_values) for item in getattr(layer, "states", {}).items()]
-    return [state for name, state in named if not name.startswith(("convolution", "history"))]
+    return [state for name, state in named if not name.startswith(("convolution", "history", "window"))]
 
 
 def inputs_and_labels(case: Case, model: nn.Module) -> dict[str, torch.Tensor]:

@@ -182,6 +182,7 @@ RECURRENT = (
     "ssd",
     "hyena",
     "modal_hyena",
+    "causal_window_attention",
 )
 DYNAMIC_LAYER_TYPE_MAPPING |= dict.fromkeys(RECURRENT, RecurrentCacheLayer)
 STATIC_LAYER_TYPE_MAPPING |= dict.fromkeys(RECURRENT, StaticRecurrentCacheLayer)

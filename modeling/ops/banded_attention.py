@@ -24,16 +24,22 @@ NONE, NO_QUERY = -2, -1  # in the place of a document's number: no key, and no q
 
 
 def visible_in_band(
-    documents: torch.Tensor, before: int, after: int, dilation: int = 1, landmarks: torch.Tensor | None = None
+    documents: torch.Tensor,
+    before: int,
+    after: int,
+    dilation: int = 1,
+    landmarks: torch.Tensor | None = None,
+    queries: int = 0,
 ) -> torch.Tensor:
-    """The definition: [batch, length, length], whether a query (row) sees a key. documents [batch, length] as in
-    `documents.py`, where padding sees padding; landmarks [batch, length] bool."""
+    """The definition: [batch, queries, length], whether a query (row) sees a key; the queries are the last tokens, all
+    by default. documents [batch, length] as in `documents.py`, where padding sees padding; landmarks [batch, length]
+    bool."""
     place = places(documents)
-    distance = place[:, None, :] - place[:, :, None]
+    distance = place[:, None, :] - place[:, -queries:, None]
     seen = (distance >= -before * dilation) & (distance <= after * dilation) & (distance % dilation == 0)
     if landmarks is not None:
         seen = seen | (landmarks[:, None, :] & ((distance <= 0) | (after > 0)))
-    return seen & (documents[:, None, :] == documents[:, :, None])
+    return seen & (documents[:, None, :] == documents[:, -queries:, None])
 
 
 def places(documents: torch.Tensor) -> torch.Tensor:

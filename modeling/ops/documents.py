@@ -22,6 +22,14 @@ def drop_padding(hidden_states: torch.Tensor, documents: torch.Tensor | None) ->
     return hidden_states if documents is None else hidden_states * (documents > 0)[..., None]
 
 
+def first_of_documents(documents: torch.Tensor, count: int) -> torch.Tensor:
+    """[batch, length] whether a token is among the first `count` of its document."""
+    real, number = documents > 0, documents.cummax(1).values
+    place = real.cumsum(1)
+    begins = number.diff(dim=1, prepend=torch.zeros_like(number[:, :1])) > 0
+    return real & (place - (place * begins).cummax(1).values < count)
+
+
 class Unpacked(NamedTuple):
     """Documents as rows of their own: where the real tokens of a packed batch went."""
 

@@ -1,5 +1,7 @@
 """Longformer (Beltagy et al., 2020, arXiv:2004.05150)."""
 
+from typing import Literal
+
 from huggingface_hub.dataclasses import strict
 
 from ...skeleton.config import ArchConfig
@@ -8,13 +10,17 @@ from ...skeleton.config import ArchConfig
 @strict
 class ArchLongformerConfig(ArchConfig):
     """
+    direction (`str`, defaults to `"bidirectional"`):
+        `"bidirectional"`, an encoder; `"causal"`, a decoder, whose memory is as large as its windows.
     attention_window (`int` or `list[int]`, defaults to 512):
-        How many tokens one sees beside itself, half of them on each side. One number, or one for each layer.
+        Of an encoder, how many tokens one sees beside itself, half of them on each side; of a decoder, how many it sees
+        with itself. One number, or one for each layer.
     attention_dilation (`int` or `list[int]`, defaults to 1):
         A token sees only every so manieth other, as many: 1 is all.
     num_global_tokens (`int`, defaults to 0):
         How many tokens at the start of each document see all, and all see them, where the call names none in
-        `global_attention_mask`. Heads that name or score texts take one at least.
+        `global_attention_mask`; heads that name or score texts take one at least. Of a decoder, those that all later
+        ones see.
     sep_token_id (`int`, defaults to 2):
         The token that ends a question: those before it see all in `ForQuestionAnswering`, and those of the answer
         behind it in `ForMultipleChoice`.
@@ -30,15 +36,15 @@ class ArchLongformerConfig(ArchConfig):
         "layers.*.mixer.v_global_proj": "colwise",
         "layers.*.mixer.o_proj": "rowwise",
     }
-    layer_kinds = ("window_attention",)
+    layer_kinds = ("window_attention", "causal_window_attention")
     feed_forward_kinds = ("dense",)
-    pooling = "first"
 
     vocab_size: int = 50265
     hidden_size: int = 768
     intermediate_size: int = 3072
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
+    direction: Literal["bidirectional", "causal"] = "bidirectional"
     attention_window: int | list[int] = 512
     attention_dilation: int | list[int] = 1
     num_global_tokens: int = 0
@@ -48,11 +54,26 @@ class ArchLongformerConfig(ArchConfig):
     attention_bias: bool = True
     mlp_bias: bool = True
     embedding_norm: bool = True
-    use_cache: bool = False
     tie_word_embeddings: bool = True
     pad_token_id: int | None = 1
     bos_token_id: int | None = 0
     sep_token_id: int | None = 2
+
+    def __post_init__(self, **kwargs):
+        if self.direction == "bidirectional":
+            self.use_cache = False
+        super().__post_init__(**kwargs)
+
+    def mixer_tp_plan(self) -> dict[str, str]:
+        plan = super().mixer_tp_plan()
+        return plan if self.direction == "bidirectional" else {k: v for k, v in plan.items() if "_global_" not in k}
+
+    def layer_pattern(self) -> list[str]:
+        return ["window_attention" if self.direction == "bidirectional" else "causal_window_attention"]
+
+    @property
+    def pooling(self) -> str:
+        return "first" if self.direction == "bidirectional" else "last"
 
     def of_layer(self, name: str, layer_idx: int) -> int:
         """`attention_window` or `attention_dilation` of a layer."""
@@ -61,6 +82,8 @@ class ArchLongformerConfig(ArchConfig):
 
     def validate_architecture(self):
         super().validate_architecture()
+        if set(self.layer_types) != set(self.layer_pattern()):
+            raise ValueError(f"direction {self.direction!r} has layers of type {self.layer_pattern()[0]} only.")
         for name, least in (("attention_window", 2), ("attention_dilation", 1)):
             value = getattr(self, name)
             values = [value] if isinstance(value, int) else value
@@ -68,7 +91,11 @@ class ArchLongformerConfig(ArchConfig):
                 raise ValueError(f"{name} has {len(value)} entries for {self.num_hidden_layers} layers.")
             if wrong := [number for number in values if number < least]:
                 raise ValueError(f"{name} has {wrong[0]}; it must be at least {least}.")
-            if name == "attention_window" and (odd := [number for number in values if number % 2]):
+            if (
+                name == "attention_window"
+                and self.direction == "bidirectional"
+                and (odd := [number for number in values if number % 2])
+            ):
                 raise ValueError(f"attention_window has {odd[0]}: half of it is on each side, so it must be even.")
         if self.num_global_tokens < 0:
             raise ValueError(f"num_global_tokens is {self.num_global_tokens}; it must not be negative.")

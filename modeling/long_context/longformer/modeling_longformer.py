@@ -9,15 +9,18 @@ from typing import NamedTuple, Unpack
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 from transformers.utils import TransformersKwargs
 
 from ...layers.attention import BidirectionalAttention
 from ...layers.positions import LearnedPositions
 from ...layers.residual import PostNorm
+from ...layers.window_attention import CausalWindowAttention
 from ...ops.banded_attention import Band, banded_attention, dense_weights, fused, make_band, take, written_out
+from ...ops.documents import first_of_documents
 from ...skeleton.backbone import Backbone
 from ...skeleton.classifiers import MultipleChoice, QuestionAnswering, SequenceClassification, TokenClassification
-from ...skeleton.heads import MaskedLM, also_named
+from ...skeleton.heads import CausalLM, MaskedLM, also_named
 from ...skeleton.masks import number_documents
 from .configuration_longformer import ArchLongformerConfig
 
@@ -135,14 +138,6 @@ def window_mask(
     return WindowMask(bands, told)
 
 
-def first_of_documents(documents: torch.Tensor, count: int) -> torch.Tensor:
-    """[batch, length] whether a token is among the first `count` of its document."""
-    real, number = documents > 0, documents.cummax(1).values
-    place = real.cumsum(1)
-    begins = number.diff(dim=1, prepend=torch.zeros_like(number[:, :1])) > 0
-    return real & (place - (place * begins).cummax(1).values < count)
-
-
 def find_global_tokens(everywhere: torch.Tensor, documents, like: torch.Tensor, most: int | None):
     """`everywhere` [batch, length] bool as `GlobalTokens`; None where there is none."""
     counts = everywhere.sum(1)
@@ -182,7 +177,7 @@ class ArchLongformerModel(Backbone):
     residual = PostNorm
     positions = LearnedPositions
     norm_class = nn.LayerNorm
-    mixers = {"window_attention": WindowAttention}
+    mixers = {"window_attention": WindowAttention, "causal_window_attention": CausalWindowAttention}
     masks = {"window_attention": window_mask}
 
     def __init__(self, config: ArchLongformerConfig):
@@ -190,11 +185,18 @@ class ArchLongformerModel(Backbone):
         self.global_tokens = config.num_global_tokens
         self.choose: Callable | None = None  # of a head that finds its global tokens in the text
 
+    def ask_for_global_tokens(self, choose: Callable | None = None) -> None:
+        """What a head's task asks for: one at the start of the text at least, or those that `choose` finds. Not of a
+        decoder, in which only those at the start can be global."""
+        if self.config.direction == "bidirectional":
+            self.choose, self.global_tokens = choose, max(1, self.config.num_global_tokens)
+
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
         global_attention_mask: torch.LongTensor | None = None,
@@ -205,12 +207,19 @@ class ArchLongformerModel(Backbone):
             1 at tokens that see all of their document, and that all of it see. By default the first
             `config.num_global_tokens`, and what the head's task asks for.
         """
+        if global_attention_mask is not None and self.config.direction == "causal":
+            raise ValueError("The global tokens of a decoder are its first: set num_global_tokens in the config.")
         if global_attention_mask is None and self.choose is not None and input_ids is not None:
             real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             global_attention_mask = self.choose(self.config, input_ids, real > 0)
         told = {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids}
         told |= {"global_attention_mask": global_attention_mask, "global_tokens": self.global_tokens}
-        return super().forward(input_ids, attention_mask, position_ids, **told, **kwargs)
+        return super().forward(input_ids, attention_mask, position_ids, past_key_values, **told, **kwargs)
+
+
+class ArchLongformerForCausalLM(CausalLM):
+    config: ArchLongformerConfig
+    backbone = ArchLongformerModel
 
 
 class ArchLongformerForMaskedLM(MaskedLM):
@@ -226,7 +235,7 @@ class ArchLongformerForSequenceClassification(SequenceClassification):
 
     def add_head(self, config):
         super().add_head(config)
-        self.model.global_tokens = max(1, config.num_global_tokens)
+        self.model.ask_for_global_tokens()
 
 
 class ArchLongformerForTokenClassification(TokenClassification):
@@ -242,7 +251,7 @@ class ArchLongformerForQuestionAnswering(QuestionAnswering):
 
     def add_head(self, config):
         super().add_head(config)
-        self.model.choose, self.model.global_tokens = question_tokens, max(1, config.num_global_tokens)
+        self.model.ask_for_global_tokens(question_tokens)
 
 
 class ArchLongformerForMultipleChoice(MultipleChoice):
@@ -252,4 +261,4 @@ class ArchLongformerForMultipleChoice(MultipleChoice):
 
     def add_head(self, config):
         super().add_head(config)
-        self.model.choose, self.model.global_tokens = choice_tokens, max(1, config.num_global_tokens)
+        self.model.ask_for_global_tokens(choice_tokens)
