@@ -193,3 +193,54 @@ def test_what_cannot_be(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(fields | {"hidden_act": "relu"}))
     with pytest.raises(ValueError, match="hidden_act"):
         convert(tmp_path, "longformer")
+
+
+LABORATORY = {"residual_type": "post_norm", "norm_type": "layer_norm", "position_type": "learned", "norm_eps": 1e-5}
+LABORATORY |= {"feed_forward_types": ["dense"] * 2, "hidden_act": "gelu", "attention_bias": True, "mlp_bias": True}
+LABORATORY |= {"embedding_norm": True, "tie_word_embeddings": True}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [9, 70])
+def test_a_decoder_without_first_tokens_is_a_transformer_with_windows(window):
+    fields = {"attention_window": window, "attention_dilation": 1, "num_global_tokens": 0}
+    model, tokens = build("ForCausalLM", **fields), some_tokens()
+    other = {"layer_types": ["sliding_attention"] * 2, "sliding_window": window, "num_key_value_heads": None}
+    peer = Case(find("transformer"), "ForCausalLM").build(**LABORATORY, **other)
+    peer.load_state_dict(model.state_dict())
+    assert_close(model(tokens).logits, peer(tokens).logits, **EXACT)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dilation", [1, 3])
+def test_what_a_decoder_sees_and_keeps(dilation):
+    model, tokens = (
+        build("ForCausalLM", attention_window=5, attention_dilation=dilation, num_hidden_layers=1),
+        some_tokens(1),
+    )
+
+    def influence(column: int) -> list[int]:
+        changed = tokens.clone()
+        changed[0, column] = (changed[0, column] + 1) % 90 + 3
+        return ((model(tokens).logits - model(changed).logits)[0].abs().amax(-1) > 1e-9).nonzero().flatten().tolist()
+
+    assert influence(20) == [20 + dilation * i for i in range(5)]
+    assert influence(1) == list(range(1, 70)) and 2 + 5 * dilation not in influence(2)
+    whole, cache = model(tokens).logits, None
+    sizes = []
+    for column in range(70):
+        step = model(tokens[:, column : column + 1], past_key_values=cache, use_cache=True)
+        cache = step.past_key_values
+        sizes.append(sum(state.numel() for state in cache.layers[0].states.values()))
+        assert_close(step.logits[:, 0], whole[:, column], **EXACT)
+    assert sizes == [2 * 32 * (2 + 4 * dilation) + 1] * 70
+
+
+def test_a_decoder_has_its_own_global_tokens():
+    model, tokens = build("ForCausalLM"), some_tokens()
+    with pytest.raises(ValueError, match="set num_global_tokens in the config"):
+        model(tokens, global_attention_mask=torch.ones_like(tokens))
+    with pytest.raises(StrictDataclassError, match="layers of type causal_window_attention only"):
+        ROW.tiny_config(direction="causal", layer_types=["window_attention"] * 2)
+    with pytest.raises(ValueError, match="ForCausalLM, or a causal one|take ForMaskedLM"):
+        ROW.load("ForCausalLM")(ROW.tiny_config())
