@@ -10,7 +10,14 @@ NOT_APPLICABLE: dict[str, str] = {
     ),
 }
 
-DENSE = ("transformer", "retnet", "s6", "ssd", "hybrid", "longformer")  # rows that write text, whose tiny config has no experts
+DENSE = (
+    "transformer",
+    "retnet",
+    "s6",
+    "ssd",
+    "hybrid",
+    "longformer",
+)  # rows that write text, whose tiny config has no experts
 
 # (row, test): what the mathematics of a row cannot keep
 NOT_KEPT: dict[tuple[str, str], str] = {
