@@ -227,7 +227,7 @@ def banded_attention(
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     output, weights = kernel(query, key, value, band.mask.to(query.dtype), scale=scale, dropout=dropout)
-    return band.back(output.transpose(1, 2)), weights
+    return band.back(output.transpose(1, 2)).contiguous(), weights
 
 
 def dense_weights(weights: torch.Tensor, band: Band) -> torch.Tensor:

@@ -78,14 +78,14 @@ class WindowAttention(BidirectionalAttention):
     def everywhere(
         self, hidden_states: torch.Tensor, output: torch.Tensor, weights: torch.Tensor | None, told: GlobalTokens | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The answers with those of global tokens in their places. Where there are none, the projections read no token
-        and add nothing, but get a gradient, which DistributedDataParallel waits for."""
-        read = hidden_states if told is not None else hidden_states[:, :0]
+        """The answers with those of global tokens in their places. Where there are none, the projections read a token and
+        add nothing of it, but get a gradient, which DistributedDataParallel waits for."""
+        read = hidden_states if told is not None else hidden_states[:, :1]
         key, value = self.heads(self.k_global_proj(read)), self.heads(self.v_global_proj(read))
         asked = read if told is None else take(read, told.columns)
         query = self.heads(self.q_global_proj(asked))
         if told is None:
-            return output + (query.sum() + key.sum() + value.sum()), weights
+            return output + sum(x[:, :0].sum() for x in (query, key, value)), weights
         options = self.options()
         kernel, mask = options.pop("kernel"), None if told.mask is None else told.mask.to(query.dtype)
         answers, seen = kernel(*(x.transpose(1, 2) for x in (query, key, value)), mask, **options)
