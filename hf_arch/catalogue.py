@@ -195,8 +195,8 @@ ARCHITECTURES = (
             *("q_proj", "k_proj", "v_proj", "o_proj", "q_global_proj", "k_global_proj", "v_global_proj"),
             *("up_proj", "down_proj"),
         ),
-        tiny={"attention_window": [8, 12], "attention_dilation": [1, 2], "num_global_tokens": 1},
-        head_fields={"ForCausalLM": {"direction": "causal", "num_global_tokens": 2}},
+        tiny={"attention_window": 8, "num_global_tokens": 1},
+        head_fields={"ForCausalLM": {"direction": "causal", "num_global_tokens": 2, "tie_word_embeddings": False}},
     ),
     Architecture(
         "mixtral",

@@ -58,7 +58,8 @@ VARIANTS = {
         "mixed": {"layer_types": ["modal_hyena", "hyena"], "state_size": 3},
     },
     "longformer": {
-        "wide": {"attention_window": 200, "attention_dilation": 1},
+        "wide": {"attention_window": 200},
+        "layers": {"attention_window": [8, 12], "attention_dilation": [1, 2]},
         "questions": {"attention_window": 6, "attention_dilation": 3, "num_global_tokens": 5},
     },
     "mixtral": {"sliding": {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9}},
@@ -200,7 +201,7 @@ ENCODERS = [Case(row, "ForMaskedLM") for row in ARCHITECTURES if "ForMaskedLM" i
 ALSO_ENCODERS = {
     "transformer": ("vaswani", "alibi", "t5"),
     "s4": ("bilinear",),
-    "longformer": ("wide", "questions"),
+    "longformer": ("wide", "layers", "questions"),
 }  # of the choices of decoders
 ENCODERS += [
     Case(case.row, case.head, f"bidirectional_{name}", VARIANTS[case.row.name][name])

@@ -197,13 +197,13 @@ def test_what_cannot_be(tmp_path):
 
 LABORATORY = {"residual_type": "post_norm", "norm_type": "layer_norm", "position_type": "learned", "norm_eps": 1e-5}
 LABORATORY |= {"feed_forward_types": ["dense"] * 2, "hidden_act": "gelu", "attention_bias": True, "mlp_bias": True}
-LABORATORY |= {"embedding_norm": True, "tie_word_embeddings": True}
+LABORATORY |= {"embedding_norm": True}
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("window", [9, 70])
 def test_a_decoder_without_first_tokens_is_a_transformer_with_windows(window):
-    fields = {"attention_window": window, "attention_dilation": 1, "num_global_tokens": 0}
+    fields = {"attention_window": window, "num_global_tokens": 0}
     model, tokens = build("ForCausalLM", **fields), some_tokens()
     other = {"layer_types": ["sliding_attention"] * 2, "sliding_window": window, "num_key_value_heads": None}
     peer = Case(find("transformer"), "ForCausalLM").build(**LABORATORY, **other)

@@ -135,12 +135,14 @@ def make_band(
     causal, before, after = after == 0, min(before, steps - 1), min(after, steps - 1)
     most = MOST[torch.is_grad_enabled()]
     block = min(max(LEAST, 2 ** round(math.log2(max(before, after, 1) * most / 256))), most, steps)
-    band = Band(length, block, before, after, dilation, like, None, order)
+    whole = steps <= before + block + after  # one block of all is less work
+    block, around = (steps, (0, 0)) if whole else (block, (before, after))
+    band = Band(length, block, *around, dilation, like, None, order)
     queries, keys = band.rows(documents, NO_QUERY), documents
     if landmarks is not None:
         keys = keys.masked_fill(landmarks, NONE)
     queries = queries.flatten(0, 1).unflatten(0, (-1, block))[..., None]
-    distance = torch.arange(band.keys, device=like.device) - before
+    distance = torch.arange(band.keys, device=like.device) - band.before
     distance = distance - torch.arange(block, device=like.device)[:, None]
     seen = (queries == own_or_near(band, keys)) & (distance >= -before) & (distance <= after)
     if landmarks is not None:

@@ -78,8 +78,8 @@ class WindowAttention(BidirectionalAttention):
     def everywhere(
         self, hidden_states: torch.Tensor, output: torch.Tensor, weights: torch.Tensor | None, told: GlobalTokens | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The answers with those of global tokens in their places. Where there are none, the projections read a token and
-        add nothing of it, but get a gradient, which DistributedDataParallel waits for."""
+        """The answers with those of global tokens in their places. Where there are none, the projections read a token
+        and add nothing of it, but get a gradient, which DistributedDataParallel waits for."""
         read = hidden_states if told is not None else hidden_states[:, :1]
         key, value = self.heads(self.k_global_proj(read)), self.heads(self.v_global_proj(read))
         asked = read if told is None else take(read, told.columns)
