@@ -88,7 +88,7 @@ class CausalWindowAttention(Attention):
         place = count - self.before * self.dilation + torch.arange(self.before * self.dilation, device=key.device)
         there = torch.cat((first < count, place >= self.first, real), dim=1)
         held = (
-            torch.cat((memory.read(f"window_first_{name}"), memory.read(f"window_{name}"), new), dim=1)
+            torch.cat([memory.read(f"window_{part}{name}").to(new.dtype) for part in ("first_", "")] + [new], dim=1)
             for name, new in (("keys", key), ("values", value))
         )
         return there, *held
