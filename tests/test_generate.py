@@ -47,7 +47,7 @@ def test_strategies_do_not_depend_on_the_cache(decoder, half_padded, strategy):
 @torch.no_grad()
 @pytest.mark.parametrize("case", [*ROWS, *(case for case in DECODERS if case.variant in ("sliding", "t5"))], ids=str)
 def test_a_compiled_step_is_one_graph(case, half_padded):
-    decoder = case.decoder()
+    decoder = case.decoder(**case.shallow())
     expected = decoder.generate(**half_padded, **GREEDY)
     options = GREEDY | {"cache_implementation": "static"}
     torch._dynamo.reset()
