@@ -1,10 +1,8 @@
 """Chooses the tests, times them, and hands the outcomes to `results.py`."""
 
-import gc
 import os
 
 import pytest
-import torch
 
 from hf_arch.catalogue import find
 
@@ -22,10 +20,6 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    torch.set_num_threads(1)  # one process per core
-    for device in (torch.cuda, torch.xpu, torch.mtia):
-        if not device.is_available():  # a seed for one that may come is kept with a stack trace: milliseconds each
-            device.manual_seed_all = lambda seed: None
     try:
         config.rows = [find(name).name for name in config.getoption("row") or ()]
     except ValueError as error:
@@ -41,12 +35,6 @@ def pytest_collection_modifyitems(config, items):
         item.user_properties.append(("row", item.cls.row.name))
         if reason := reason_to_skip(item.cls.row.name, item.name):
             item.add_marker(pytest.mark.skip(reason=reason))
-
-
-def pytest_collection_finish():
-    """A collection of garbage looks at all imported libraries each time."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,4 +1,3 @@
-import gc
 import os
 import re
 from collections import Counter
@@ -11,19 +10,6 @@ from promises import DECODERS, ENCODERS, HEADS, MODELS, ROWS, some_tokens
 
 ROW_LIMIT = 80  # seconds of processor time that all tests of a row may take; half as much on a quiet machine
 spent: Counter[str] = Counter()
-
-
-def pytest_configure():
-    torch.set_num_threads(1)  # the suite runs one process per core
-    for device in (torch.cuda, torch.xpu, torch.mtia):
-        if not device.is_available():  # a seed for one that may come is kept with a stack trace: milliseconds each
-            device.manual_seed_all = lambda seed: None
-
-
-def pytest_collection_finish():
-    """A collection of garbage looks at all imported libraries each time, and a Trainer asks for many."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
