@@ -148,7 +148,7 @@ class Case:
         return model.to(dtype)
 
     def shallow(self) -> dict:
-        """Fields of the config with the fewest layers that have every part: a backward pass is compiled layer by layer."""
+        """Fields of the config with the fewest layers that have every part: compiling takes its time by the layer."""
         config = self.config()
         last = dict(zip(config.layer_types, config.feed_forward_types, strict=True))  # which may be none in the first
         fields = {"num_hidden_layers": len(last), "layer_types": [*last], "feed_forward_types": [*last.values()]}
