@@ -1,31 +1,34 @@
 """Linear attention whose memory fades by a factor that each token sets for each head: the state-space duality of
 Mamba-2 (Dao and Gu, 2024, arXiv:2405.21060, section 6), gated linear attention with scalar gates.
 
-    state_t = exp(log_decay_t) * state_(t-1) + key_t^T value_t          out_t = query_t state_t
+    state_t = exp(log_decay_t) * state_(t-1) + gain_t * key_t^T value_t
+    out_t = query_t state_t + skip * value_t
 
 Shapes: query, key [batch, length, groups, key_dim], each shared by the heads of a group; value [batch, length, heads,
-value_dim]; log_decay [batch, length, heads], 0 or less; state [batch, heads, key_dim, value_dim], in float32 at least;
-documents [batch, length] as in `documents.py`: padding adds nothing and fades nothing, the state is forgotten where a
-document starts, an initial state belongs to document 1.
+value_dim]; log_decay, 0 or less, and gain [batch, length, heads]; skip [heads], optional; state [batch, heads, key_dim,
+value_dim], in float32 at least; documents [batch, length] as in `documents.py`: padding adds nothing and fades nothing,
+the state is forgotten where a document starts, an initial state belongs to document 1.
 """
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from .dispatch import accelerated
 from .documents import document_runs
-from .fading import carry, fading, in_chunks
+from .fading import Fading, fading_of_sums, linked
 
 
 def recurrent_decayed_attention(
-    query, key, value, log_decay, *, documents=None, initial_state=None, output_final_state=False
+    query, key, value, log_decay, gain, *, skip=None, documents=None, initial_state=None, output_final_state=False
 ):
     """The definition above, one step at a time. The reference for tests, and the decoding step."""
     of_group = query.shape[2], value.shape[2] // query.shape[2]
     wide = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
-        q, k, v, decay = (x.to(wide) for x in (query, key, value, log_decay))
-        v, decay, state = v.unflatten(2, of_group), decay.exp().unflatten(2, of_group), initial_state
+        q, k, v, decay, gain = (x.to(wide) for x in (query, key, value, log_decay, gain))
+        added, decay = (v * gain[..., None]).unflatten(2, of_group), decay.exp().unflatten(2, of_group)
+        state = initial_state
         if state is None:
             state = v.new_zeros(len(v), value.shape[2], k.shape[-1], v.shape[-1])
         state = state.unflatten(1, of_group)
@@ -37,45 +40,142 @@ def recurrent_decayed_attention(
             kept = decay[:, t, ..., None, None] * state
             if documents is not None:
                 kept = kept * ~starts[:, t, None, None, None, None]
-            after = torch.addcmul(kept, k[:, t, :, None, :, None], v[:, t, ..., None, :])
+            after = torch.addcmul(kept, k[:, t, :, None, :, None], added[:, t, ..., None, :])
             state = after if documents is None else torch.where(real[:, t, None, None, None, None], after, state)
             outputs.append(q[:, t, :, None, None] @ state)
         output = torch.stack(outputs, dim=1).flatten(2, 3).squeeze(-2)
+        output = output if skip is None else torch.addcmul(output, v, skip.to(wide)[:, None])
     return output.to(value.dtype), state.flatten(1, 2) if output_final_state else None
 
 
-def fla_decayed_attention(simple_gla, query, key, value, log_decay, **options):
-    """flash-linear-attention's kernel has a key for each head, one type for all three, and a scale of its own."""
+def fla_decayed_attention(simple_gla, query, key, value, log_decay, gain, *, skip=None, **options):
+    """flash-linear-attention's kernel has a key for each head, one type for all three, a scale of its own, and neither
+    gain nor skip."""
     query, key = (x.repeat_interleave(value.shape[2] // x.shape[2], dim=2) for x in (query, key))
-    output, state = simple_gla(query, key, value.to(query.dtype), log_decay, scale=1.0, **options)
+    added = (value * gain[..., None]).to(query.dtype)
+    output, state = simple_gla(query, key, added, log_decay, scale=1.0, **options)
+    output = output if skip is None else torch.addcmul(output, value, skip[:, None])
     return output.to(value.dtype), state
 
 
 @accelerated("fla.ops.simple_gla:chunk_simple_gla", adapt=fla_decayed_attention)
 def chunk_decayed_attention(
-    query, key, value, log_decay, *, documents=None, initial_state=None, output_final_state=False, chunk_size=64
+    query,
+    key,
+    value,
+    log_decay,
+    gain,
+    *,
+    skip=None,
+    documents=None,
+    initial_state=None,
+    output_final_state=False,
+    chunk_size=64,
 ):
     """The same answer in parallel: attention inside a chunk, the recurrence between chunks. Scores of queries and keys
     are made once for a group."""
-    (length, groups), (heads, dim) = query.shape[1:3], value.shape[2:]
-    wide, size = torch.promote_types(query.dtype, torch.float32), min(chunk_size, length)
+    length, wide = value.shape[1], torch.promote_types(query.dtype, torch.float32)
+    size = min(chunk_size, length)
     with torch.autocast(query.device.type, enabled=False):
-        within, into, out_of, across = fading(log_decay.to(wide), documents, size)
+        sequences = [x.to(wide) for x in (query, key, value, log_decay, gain)]
+        document = None
         if documents is not None:
-            value = value * (documents > 0)[..., None, None]
-        of_group, pad = (groups, heads // groups), -length % size
-        q, k = (in_chunks(x.to(wide), size) for x in (query, key))
-        v = F.pad(value.to(wide), (0, 0, 0, 0, 0, pad)) if pad else value.to(wide)
-        v = v.unflatten(1, (-1, size))  # [batch, chunks, size, heads, dim], as it lies; what it is scaled by follows it
-        into, out_of = into.transpose(2, 3), out_of.transpose(2, 3)
-        # What the heads of a group take in by the same keys lies side by side: [key_dim, size] @ [size, heads * dim]
-        beside = (v * out_of).unflatten(3, of_group).flatten(-2).transpose(2, 3)
-        added = (k.transpose(-1, -2) @ beside).unflatten(-1, (-1, dim))
-        state = None if initial_state is None else initial_state.unflatten(1, of_group).transpose(2, 3)
-        before, state = carry(added, across.unflatten(2, of_group).transpose(3, 4), state)
-        carried = (q @ before.flatten(-2)).transpose(2, 3).reshape(v.shape) * into
-        scores = ((q @ k.transpose(-1, -2))[:, :, :, None] * within.unflatten(2, of_group)).flatten(2, 3)
-        output = carried + (scores @ v.transpose(2, 3)).transpose(2, 3)
-        output = output.flatten(1, 2)[:, :length]
-        state = state.transpose(2, 3).flatten(1, 2) if output_final_state else None
-    return output.to(value.dtype), state
+            real, document = document_runs(documents, value)
+            sequences[3:] = (x * real[..., None] for x in sequences[3:])
+        if pad := -length % size:
+            sequences = [F.pad(x, (0, 0) * (x.ndim - 2) + (0, pad)) for x in sequences]
+        state = initial_state
+        if state is None:
+            state = value.new_zeros(len(value), value.shape[2], key.shape[-1], value.shape[-1], dtype=wide)
+        skip = value.new_zeros(value.shape[2], dtype=wide) if skip is None else skip.to(wide)
+        output, state = DecayedAttention.apply(*sequences, skip, state, document, size)
+        output = output[:, :length] if pad else output
+    return output.to(value.dtype), state if output_final_state else None
+
+
+class DecayedAttention(torch.autograd.Function):
+    """(output, final state). Sequences are [batch, chunks * size, ...]; backward makes again what is made of a chunk,
+    but for the states between chunks."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, log_decay, gain, skip, state, document, size):
+        q, k, v, gains, fades = cut(size, query, key, value, log_decay, gain, document)
+        own = weigh(fades.within.mul_(gains.transpose(2, 3)[..., None, :]), q @ k.mT)
+        own.diagonal(dim1=-2, dim2=-1).add_(skip[:, None])
+        added = k.mT @ side_by_side(v * (fades.out_of * gains[..., None]), q.shape[2])
+        states, final = carry_through(added, fades.across, state)
+        output = apart(q @ states, v).mul_(fades.into).add_((own @ v.transpose(2, 3)).transpose(2, 3))
+        ctx.size, output = size, output.flatten(1, 2)
+        ctx.save_for_backward(query, key, value, log_decay, gain, skip, document, states, final, output)
+        return output, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, of_final):
+        """A log decay scales what is read from its token on of what was taken in before it. So its gradient is a sum
+        over the tokens from there on of what they read less what they give, each times its gradient."""
+        *tensors, skip, document, states, final, output = ctx.saved_tensors
+        q, k, v, gains, fades = cut(ctx.size, *tensors, document)
+        groups, grad = q.shape[2], grad.unflatten(1, v.shape[1:3])
+        by_head = grad.transpose(2, 3).contiguous()
+        of_own = by_head @ v.permute(0, 1, 3, 4, 2)
+        of_skip = of_own.diagonal(dim1=-2, dim2=-1).transpose(2, 3)  # [batch, chunks, size, heads]
+        of_scores = of_own * fades.within * gains.transpose(2, 3)[..., None, :]
+        of_scores = of_scores.unflatten(2, (groups, -1)).sum(3)
+
+        read = side_by_side(grad * fades.into, groups)
+        given = side_by_side(v * (fades.out_of * gains[..., None]), groups)
+        of_states, of_first = carry_through(q.mT @ read, fades.across, of_final, backwards=True)
+        of_query = of_scores @ k + read @ states.mT
+        of_key = of_scores.mT @ q + given @ of_states.mT
+        own = weigh(fades.within, q @ k.mT)
+        of_added = apart(k @ of_states, v).mul_(fades.out_of).add_((own.mT @ by_head).transpose(2, 3))
+        of_gain = (v * of_added).sum(-1)
+        of_value = of_added.mul_(gains[..., None]).addcmul_(grad, skip[:, None])
+
+        through = (grad * output.view_as(v)).sum(-1) - gains * of_gain - skip * of_skip
+        of_decay = through.flatten(1, 2).flip(1).cumsum(1).flip(1) + (final * of_final).sum((-1, -2))[:, None]
+        of_query, of_key = (x.transpose(2, 3).flatten(1, 2) for x in (of_query, of_key))
+        of_value, of_gain = of_value.flatten(1, 2), of_gain.flatten(1, 2)
+        return of_query, of_key, of_value, of_decay, of_gain, of_skip.sum((0, 1, 2)), of_first, None, None
+
+
+def cut(size: int, query, key, value, log_decay, gain, document) -> tuple:
+    """Chunks: query and key [batch, chunks, groups, size, dim], value [batch, chunks, size, heads, dim], gain [batch,
+    chunks, size, heads], and what is left of what, in which `into` and `out_of` lie as the values."""
+    query, key, value, log_decay, gain = (x.unflatten(1, (-1, size)) for x in (query, key, value, log_decay, gain))
+    links = None if document is None else linked(document, size)
+    within, into, out_of, across = fading_of_sums(log_decay.transpose(2, 3).cumsum(-1), links)
+    fades = Fading(within, into.transpose(2, 3), out_of.transpose(2, 3), across)
+    return query.transpose(2, 3), key.transpose(2, 3), value, gain, fades
+
+
+def weigh(within: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """within [batch, chunks, heads, size, size], times the scores of each one's group, in its place."""
+    within.unflatten(2, (scores.shape[2], -1)).mul_(scores[:, :, :, None])
+    return within
+
+
+def side_by_side(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """[batch, chunks, size, heads, dim] -> [batch, chunks, groups, size, heads of a group * dim]: what the same keys
+    are multiplied with."""
+    return x.unflatten(3, (groups, -1)).flatten(-2).transpose(2, 3)
+
+
+def apart(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The inverse, in the shape of `like`."""
+    return x.transpose(2, 3).reshape(like.shape)
+
+
+def carry_through(added, across, state, backwards: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """The recurrence between chunks, state = across * state + added: the states before each chunk [batch, chunks,
+    groups, key_dim, heads of a group * dim], and the last [batch, heads, key_dim, dim]. Or from the end to the start."""
+    groups, heads = added.shape[2], across.shape[2]
+    apart = added.unflatten(-1, (heads // groups, -1))
+    across = across.unflatten(2, (groups, -1)).transpose(3, 4)
+    before, state = torch.empty_like(apart), state.unflatten(1, (groups, -1)).transpose(2, 3)
+    steps = list(zip(apart.unbind(1), across.unbind(1), before.unbind(1), strict=True))
+    for new, kept, into in reversed(steps) if backwards else steps:
+        into.copy_(state)
+        state = torch.addcmul(new, kept, state)
+    return before.flatten(-2), state.transpose(2, 3).flatten(1, 2)

@@ -74,14 +74,13 @@ class SSD(PiecewiseMixer):
         step = F.softplus(step.to(wide) + self.dt_bias.to(wide))
         if self.step_limit is not None:
             step = step.clamp(*self.step_limit)
-        tensors = query, key, x * step[..., None], -step * self.A_log.to(wide).exp()
+        tensors = query, key, x, -step * self.A_log.to(wide).exp(), step
         forms = recurrent_decayed_attention, chunk_decayed_attention
-        output, state = carry_on(forms, memory, "state", tensors, documents=documents)
+        output, state = carry_on(forms, memory, "state", tensors, skip=self.D, documents=documents)
         if memory is not None:
             memory.write(hidden_states.shape[1], **convolved, **state)
 
-        output = torch.addcmul(output, x, self.D[:, None]).flatten(-2).to(gate.dtype)
-        return self.out_proj(self.norm(output * F.silu(gate)))
+        return self.out_proj(self.norm(output.flatten(-2).to(gate.dtype) * F.silu(gate)))
 
 
 class ArchSSDModel(Backbone):
