@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from .dispatch import accelerated
 from .documents import document_runs
-from .fading import Fading, fading_of_sums, linked
+from .fading import Fading, Links, fading_of_sums, linked
 
 
 def recurrent_decayed_attention(
@@ -88,76 +88,91 @@ def chunk_decayed_attention(
         if state is None:
             state = value.new_zeros(len(value), value.shape[2], key.shape[-1], value.shape[-1], dtype=wide)
         skip = value.new_zeros(value.shape[2], dtype=wide) if skip is None else skip.to(wide)
-        output, state = DecayedAttention.apply(*sequences, skip, state, document, size)
+        output, state = DecayedAttention.apply(*sequences, skip, state, document, size, torch.is_grad_enabled())
         output = output[:, :length] if pad else output
     return output.to(value.dtype), state if output_final_state else None
 
 
 class DecayedAttention(torch.autograd.Function):
-    """(output, final state). Sequences are [batch, chunks * size, ...]; backward makes again what is made of a chunk,
-    but for the states between chunks."""
+    """(output, final state). Sequences are [batch, chunks * size, ...]; of all that is made of a chunk, only the state
+    before it is kept for backward, which makes the rest again."""
 
     @staticmethod
-    def forward(ctx, query, key, value, log_decay, gain, skip, state, document, size):
+    def forward(ctx, query, key, value, log_decay, gain, skip, state, document, size, trained):
         q, k, v, gains, fades = cut(size, query, key, value, log_decay, gain, document)
+        groups, state = q.shape[2], grouped(state, q.shape[2])
+        given = side_by_side(v * (fades.out_of * gains[..., None]), groups)
+        carried = given.new_empty(given.shape)
+        states = [state, *state.new_empty(len(q) if trained else 1, *state.shape).expand(len(q), *state.shape).unbind()]
+        steps = zip(*map(by_chunk, (q, k.mT, given, carried, fades.across)), states, states[1:], strict=False)
+        for q_i, k_i, given_i, into, across, before, after in steps:
+            torch.bmm(q_i, before.flatten(-2), out=into)
+            torch.mul(across, before, out=after).flatten(-2).baddbmm_(k_i, given_i)
         own = weigh(fades.within.mul_(gains.transpose(2, 3)[..., None, :]), q @ k.mT)
         own.diagonal(dim1=-2, dim2=-1).add_(skip[:, None])
-        added = k.mT @ side_by_side(v * (fades.out_of * gains[..., None]), q.shape[2])
-        states, final = carry_through(added, fades.across, state)
-        output = apart(q @ states, v).mul_(fades.into).add_((own @ v.transpose(2, 3)).transpose(2, 3))
-        ctx.size, output = size, output.flatten(1, 2)
-        ctx.save_for_backward(query, key, value, log_decay, gain, skip, document, states, final, output)
-        return output, final
+        output = in_order(apart(carried, v).mul_(fades.into).add_((own @ v.transpose(2, 3)).transpose(2, 3)))
+        state, ctx.size = ungrouped(states[-1], groups), size
+        ctx.save_for_backward(query, key, value, log_decay, gain, skip, document, state, output, *states[:-1])
+        return output, state
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, of_final):
         """A log decay scales what is read from its token on of what was taken in before it. So its gradient is a sum
         over the tokens from there on of what they read less what they give, each times its gradient."""
-        *tensors, skip, document, states, final, output = ctx.saved_tensors
+        *tensors, skip, document, final, output = ctx.saved_tensors[:9]
         q, k, v, gains, fades = cut(ctx.size, *tensors, document)
-        groups, grad = q.shape[2], grad.unflatten(1, v.shape[1:3])
+        groups, grad, output = q.shape[2], *(x.unflatten(1, (-1, ctx.size)).transpose(0, 1) for x in (grad, output))
         by_head = grad.transpose(2, 3).contiguous()
         of_own = by_head @ v.permute(0, 1, 3, 4, 2)
-        of_skip = of_own.diagonal(dim1=-2, dim2=-1).transpose(2, 3)  # [batch, chunks, size, heads]
+        of_skip = of_own.diagonal(dim1=-2, dim2=-1).transpose(2, 3)  # [chunks, batch, size, heads]
         of_scores = of_own * fades.within * gains.transpose(2, 3)[..., None, :]
         of_scores = of_scores.unflatten(2, (groups, -1)).sum(3)
+        of_query, of_key = of_scores @ k, of_scores.mT @ q
 
+        of_state, states = grouped(of_final, groups), ctx.saved_tensors[9:]
         read = side_by_side(grad * fades.into, groups)
         given = side_by_side(v * (fades.out_of * gains[..., None]), groups)
-        of_states, of_first = carry_through(q.mT @ read, fades.across, of_final, backwards=True)
-        of_query = of_scores @ k + read @ states.mT
-        of_key = of_scores.mT @ q + given @ of_states.mT
+        of_given = given.new_empty(given.shape)
+        parts = map(by_chunk, (q.mT, k, read, given, of_query, of_key, of_given, fades.across))
+        for q_i, k_i, read_i, given_i, of_q, of_k, into, across, state in list(zip(*parts, states, strict=True))[::-1]:
+            of_q.baddbmm_(read_i, state.flatten(-2).mT)
+            of_k.baddbmm_(given_i, of_state.flatten(-2).mT)
+            torch.bmm(k_i, of_state.flatten(-2), out=into)
+            of_state = (across * of_state).flatten(-2).baddbmm_(q_i, read_i).view_as(of_state)
+
         own = weigh(fades.within, q @ k.mT)
-        of_added = apart(k @ of_states, v).mul_(fades.out_of).add_((own.mT @ by_head).transpose(2, 3))
+        of_added = apart(of_given, v).mul_(fades.out_of).add_((own.mT @ by_head).transpose(2, 3))
         of_gain = (v * of_added).sum(-1)
         of_value = of_added.mul_(gains[..., None]).addcmul_(grad, skip[:, None])
-
-        through = (grad * output.view_as(v)).sum(-1) - gains * of_gain - skip * of_skip
-        of_decay = through.flatten(1, 2).flip(1).cumsum(1).flip(1) + (final * of_final).sum((-1, -2))[:, None]
-        of_query, of_key = (x.transpose(2, 3).flatten(1, 2) for x in (of_query, of_key))
-        of_value, of_gain = of_value.flatten(1, 2), of_gain.flatten(1, 2)
-        return of_query, of_key, of_value, of_decay, of_gain, of_skip.sum((0, 1, 2)), of_first, None, None
+        through = (grad * output).sum(-1) - gains * of_gain - skip * of_skip
+        of_decay = in_order(through).flip(1).cumsum(1).flip(1) + (final * of_final).sum((-1, -2))[:, None]
+        found = map(in_order, (of_query.transpose(2, 3), of_key.transpose(2, 3), of_value, of_gain))
+        of_query, of_key, of_value, of_gain = found
+        of_skip, of_state = of_skip.sum((0, 1, 2)), ungrouped(of_state, groups)
+        return of_query, of_key, of_value, of_decay, of_gain, of_skip, of_state, None, None, None
 
 
 def cut(size: int, query, key, value, log_decay, gain, document) -> tuple:
-    """Chunks: query and key [batch, chunks, groups, size, dim], value [batch, chunks, size, heads, dim], gain [batch,
-    chunks, size, heads], and what is left of what, in which `into` and `out_of` lie as the values."""
-    query, key, value, log_decay, gain = (x.unflatten(1, (-1, size)) for x in (query, key, value, log_decay, gain))
-    links = None if document is None else linked(document, size)
+    """Chunks: query and key [chunks, batch, groups, size, dim], value [chunks, batch, size, heads, dim], gain [chunks,
+    batch, size, heads], and what is left of what: `into` and `out_of` lie as the values, `across` as the states."""
+    sequences = (x.unflatten(1, (-1, size)).transpose(0, 1) for x in (query, key, value, log_decay, gain))
+    query, key, value, log_decay, gain = sequences
+    links = None if document is None else Links(*(x.transpose(0, 1) for x in linked(document, size)))
     within, into, out_of, across = fading_of_sums(log_decay.transpose(2, 3).cumsum(-1), links)
+    across = across.unflatten(2, (query.shape[3], -1)).transpose(3, 4)
     fades = Fading(within, into.transpose(2, 3), out_of.transpose(2, 3), across)
     return query.transpose(2, 3), key.transpose(2, 3), value, gain, fades
 
 
 def weigh(within: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """within [batch, chunks, heads, size, size], times the scores of each one's group, in its place."""
+    """within [chunks, batch, heads, size, size], times the scores of each one's group, in its place."""
     within.unflatten(2, (scores.shape[2], -1)).mul_(scores[:, :, :, None])
     return within
 
 
 def side_by_side(x: torch.Tensor, groups: int) -> torch.Tensor:
-    """[batch, chunks, size, heads, dim] -> [batch, chunks, groups, size, heads of a group * dim]: what the same keys
+    """[chunks, batch, size, heads, dim] -> [chunks, batch, groups, size, heads of a group * dim]: what the same keys
     are multiplied with."""
     return x.unflatten(3, (groups, -1)).flatten(-2).transpose(2, 3)
 
@@ -167,15 +182,20 @@ def apart(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return x.transpose(2, 3).reshape(like.shape)
 
 
-def carry_through(added, across, state, backwards: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """The recurrence between chunks, state = across * state + added: the states before each chunk [batch, chunks,
-    groups, key_dim, heads of a group * dim], and the last [batch, heads, key_dim, dim]. Or from the end to the start."""
-    groups, heads = added.shape[2], across.shape[2]
-    apart = added.unflatten(-1, (heads // groups, -1))
-    across = across.unflatten(2, (groups, -1)).transpose(3, 4)
-    before, state = torch.empty_like(apart), state.unflatten(1, (groups, -1)).transpose(2, 3)
-    steps = list(zip(apart.unbind(1), across.unbind(1), before.unbind(1), strict=True))
-    for new, kept, into in reversed(steps) if backwards else steps:
-        into.copy_(state)
-        state = torch.addcmul(new, kept, state)
-    return before.flatten(-2), state.transpose(2, 3).flatten(1, 2)
+def by_chunk(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """[chunks, batch, groups, ...] -> [batch * groups, ...] of each chunk."""
+    return x.flatten(1, 2).unbind(0)
+
+
+def in_order(x: torch.Tensor) -> torch.Tensor:
+    """[chunks, batch, size, ...] -> [batch, length, ...]"""
+    return x.transpose(0, 1).flatten(1, 2)
+
+
+def grouped(state: torch.Tensor, groups: int) -> torch.Tensor:
+    """[batch, heads, key_dim, dim] -> [batch * groups, key_dim, heads of a group, dim]."""
+    return state.unflatten(1, (groups, -1)).transpose(2, 3).flatten(0, 1).contiguous()
+
+
+def ungrouped(state: torch.Tensor, groups: int) -> torch.Tensor:
+    return state.unflatten(0, (-1, groups)).transpose(2, 3).flatten(1, 2)

@@ -32,14 +32,14 @@ def fading(log_decay: torch.Tensor, documents: torch.Tensor | None, chunk_size: 
 
 def fading_of_sums(left: torch.Tensor, links: "Links | None") -> Fading:
     """The same by the sums of log decays in each chunk, [batch, chunks, heads, size]. No gradient passes."""
-    seen = torch.ones(left.shape[-1], left.shape[-1], dtype=torch.bool, device=left.device).tril()
     last = left[..., -1:]
     into, out_of, across = left.exp()[..., None], (last - left).exp_()[..., None], last.exp()[..., None]
-    if links is not None:
-        seen, into, out_of = seen & links.within, into * links.into, out_of * links.out_of
-        across = into[..., -1:, :]
-    within = (left[..., :, None] - left[..., None, :]).masked_fill_(~seen, -torch.inf).exp_()
-    return Fading(within, into, out_of, across)
+    # Above the diagonal decays are undone: whatever that is, it is overwritten, not multiplied
+    within = (left[..., :, None] - left[..., None, :]).exp_().tril_()
+    if links is None:
+        return Fading(within, into, out_of, across)
+    into, out_of = into * links.into, out_of * links.out_of
+    return Fading(within.masked_fill_(~links.within, 0), into, out_of, into[..., -1:, :])
 
 
 class Links(NamedTuple):
