@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from .dispatch import accelerated
 from .documents import document_runs
 from .fading import Fading, Links, fading_of_sums, linked
+from .precision import without_autocast
 
 
 def recurrent_decayed_attention(
@@ -25,7 +26,7 @@ def recurrent_decayed_attention(
     """The definition above, one step at a time. The reference for tests, and the decoding step."""
     of_group = query.shape[2], value.shape[2] // query.shape[2]
     wide = torch.promote_types(query.dtype, torch.float32)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         q, k, v, decay, gain = (x.to(wide) for x in (query, key, value, log_decay, gain))
         added, decay = (v * gain[..., None]).unflatten(2, of_group), decay.exp().unflatten(2, of_group)
         state = initial_state
@@ -76,7 +77,7 @@ def chunk_decayed_attention(
     are made once for a group."""
     length, wide = value.shape[1], torch.promote_types(query.dtype, torch.float32)
     size = min(chunk_size, length)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         sequences = [x.to(wide) for x in (query, key, value, log_decay, gain)]
         document = None
         if documents is not None:
