@@ -78,9 +78,17 @@ def check_cache(config, past_key_values: Cache) -> None:
 
 @functools.cache
 def may_hold(held: type, kind: str) -> bool:
-    """Whether a layer of the class `held` may be the cache of a layer type: the nearest class that is made for some
-    type has to be made for this one. By name, since an exported model has classes of its own."""
-    mappings = DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING
-    known = {made.__name__ for made_for in mappings for made in made_for.values()}
+    """Whether a layer of the class `held` may be the cache of a layer type: the nearest of its classes that is made for
+    some type has to be made for this one. By name, since an exported model has classes of its own."""
+    known = {name for each in {*DYNAMIC_LAYER_TYPE_MAPPING, *STATIC_LAYER_TYPE_MAPPING} for name in names_of(each)}
     nearest = next((base.__name__ for base in held.__mro__ if base.__name__ in known), None)
-    return nearest in [made_for[kind].__name__ for made_for in mappings if kind in made_for]
+    return nearest in names_of(kind)
+
+
+def names_of(kind: str) -> list[str]:
+    return [layer.__name__ for layer in cache_layers(kind)]
+
+
+def cache_layers(kind: str) -> list[type]:
+    """The classes that may hold the cache of a layer type."""
+    return [kinds[kind] for kinds in (DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING) if kind in kinds]
