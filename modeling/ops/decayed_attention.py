@@ -41,7 +41,7 @@ def recurrent_decayed_attention(
             kept = decay[:, t, ..., None, None] * state
             if documents is not None:
                 kept = kept * ~starts[:, t, None, None, None, None]
-            after = torch.addcmul(kept, k[:, t, :, None, :, None], added[:, t, ..., None, :])
+            after = kept.addcmul_(k[:, t, :, None, :, None], added[:, t, ..., None, :])
             state = after if documents is None else torch.where(real[:, t, None, None, None, None], after, state)
             outputs.append(q[:, t, :, None, None] @ state)
         output = torch.stack(outputs, dim=1).flatten(2, 3).squeeze(-2)
@@ -121,7 +121,8 @@ class DecayedAttention(torch.autograd.Function):
     def backward(ctx, grad, of_final):
         """A log decay scales what is read from its token on of what was taken in before it. So its gradient is a sum
         over the tokens from there on of what they read less what they give, each times its gradient."""
-        *tensors, skip, document, final, output = ctx.saved_tensors[:9]
+        saved = ctx.saved_tensors
+        *tensors, skip, document, final, output, states = (*saved[:9], saved[9:])
         q, k, v, gains, fades = cut(ctx.size, *tensors, document)
         groups, grad, output = q.shape[2], *(x.unflatten(1, (-1, ctx.size)).transpose(0, 1) for x in (grad, output))
         by_head = grad.transpose(2, 3).contiguous()
@@ -131,7 +132,7 @@ class DecayedAttention(torch.autograd.Function):
         of_scores = of_scores.unflatten(2, (groups, -1)).sum(3)
         of_query, of_key = of_scores @ k, of_scores.mT @ q
 
-        of_state, states = grouped(of_final, groups), ctx.saved_tensors[9:]
+        of_state = grouped(of_final, groups)
         read = side_by_side(grad * fades.into, groups)
         given = side_by_side(v * (fades.out_of * gains[..., None]), groups)
         of_given = given.new_empty(given.shape)

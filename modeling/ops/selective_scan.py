@@ -33,7 +33,7 @@ def recurrent_selective_scan(x, step, A, key, query, *, documents=None, initial_
             decay = torch.exp(step[:, now] * A)
             if keep is not None:
                 decay = decay * keep[:, now]
-            state = torch.addcmul(decay * state, key[..., now], added[:, now])
+            state = (decay * state).addcmul_(key[..., now], added[:, now])
             outputs.append(query[:, now] @ state)
     output = torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
     return output.to(x.dtype), state if output_final_state else None
