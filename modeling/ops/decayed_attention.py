@@ -111,7 +111,7 @@ class DecayedAttention(torch.autograd.Function):
             torch.mul(across, before, out=after).flatten(-2).baddbmm_(k_i, given_i)
         own = weigh(fades.within.mul_(gains.transpose(2, 3)[..., None, :]), q @ k.mT)
         own.diagonal(dim1=-2, dim2=-1).add_(skip[:, None])
-        output = in_order(apart(carried, v).mul_(fades.into).add_((own @ v.transpose(2, 3)).transpose(2, 3)))
+        output = unchunked(apart(carried, v).mul_(fades.into).add_((own @ v.transpose(2, 3)).transpose(2, 3)))
         state, ctx.size = ungrouped(states[-1], groups), size
         ctx.save_for_backward(query, key, value, log_decay, gain, skip, document, state, output, *states[:-1])
         return output, state
@@ -121,37 +121,40 @@ class DecayedAttention(torch.autograd.Function):
     def backward(ctx, grad, of_final):
         """A log decay scales what is read from its token on of what was taken in before it. So its gradient is a sum
         over the tokens from there on of what they read less what they give, each times its gradient."""
-        saved = ctx.saved_tensors
-        *tensors, skip, document, final, output, states = (*saved[:9], saved[9:])
-        q, k, v, gains, fades = cut(ctx.size, *tensors, document)
-        groups, grad, output = q.shape[2], *(x.unflatten(1, (-1, ctx.size)).transpose(0, 1) for x in (grad, output))
-        by_head = grad.transpose(2, 3).contiguous()
-        of_own = by_head @ v.permute(0, 1, 3, 4, 2)
-        of_skip = of_own.diagonal(dim1=-2, dim2=-1).transpose(2, 3)  # [chunks, batch, size, heads]
-        of_scores = of_own * fades.within * gains.transpose(2, 3)[..., None, :]
-        of_scores = of_scores.unflatten(2, (groups, -1)).sum(3)
-        of_query, of_key = of_scores @ k, of_scores.mT @ q
+        with without_autocast(grad):
+            saved = ctx.saved_tensors
+            *tensors, skip, document, final, output, states = (*saved[:9], saved[9:])
+            q, k, v, gains, fades = cut(ctx.size, *tensors, document)
+            groups, grad, output = q.shape[2], *(x.unflatten(1, (-1, ctx.size)).transpose(0, 1) for x in (grad, output))
+            by_head = grad.transpose(2, 3).contiguous()
+            of_own = by_head @ v.permute(0, 1, 3, 4, 2)
+            of_skip = of_own.diagonal(dim1=-2, dim2=-1).transpose(2, 3)  # [chunks, batch, size, heads]
+            of_scores = of_own * fades.within * gains.transpose(2, 3)[..., None, :]
+            of_scores = of_scores.unflatten(2, (groups, -1)).sum(3)
+            of_query, of_key = of_scores @ k, of_scores.mT @ q
 
-        of_state = grouped(of_final, groups)
-        read = side_by_side(grad * fades.into, groups)
-        given = side_by_side(v * (fades.out_of * gains[..., None]), groups)
-        of_given = given.new_empty(given.shape)
-        parts = map(by_chunk, (q.mT, k, read, given, of_query, of_key, of_given, fades.across))
-        for q_i, k_i, read_i, given_i, of_q, of_k, into, across, state in list(zip(*parts, states, strict=True))[::-1]:
-            of_q.baddbmm_(read_i, state.flatten(-2).mT)
-            of_k.baddbmm_(given_i, of_state.flatten(-2).mT)
-            torch.bmm(k_i, of_state.flatten(-2), out=into)
-            of_state = (across * of_state).flatten(-2).baddbmm_(q_i, read_i).view_as(of_state)
+            of_state = grouped(of_final, groups)
+            read = side_by_side(grad * fades.into, groups)
+            given = side_by_side(v * (fades.out_of * gains[..., None]), groups)
+            of_given = given.new_empty(given.shape)
+            parts = map(by_chunk, (q.mT, k, read, given, of_query, of_key, of_given, fades.across))
+            for q_i, k_i, read_i, given_i, of_q, of_k, into, across, state in list(zip(*parts, states, strict=True))[
+                ::-1
+            ]:
+                of_q.baddbmm_(read_i, state.flatten(-2).mT)
+                of_k.baddbmm_(given_i, of_state.flatten(-2).mT)
+                torch.bmm(k_i, of_state.flatten(-2), out=into)
+                of_state = (across * of_state).flatten(-2).baddbmm_(q_i, read_i).view_as(of_state)
 
-        own = weigh(fades.within, q @ k.mT)
-        of_added = apart(of_given, v).mul_(fades.out_of).add_((own.mT @ by_head).transpose(2, 3))
-        of_gain = (v * of_added).sum(-1)
-        of_value = of_added.mul_(gains[..., None]).addcmul_(grad, skip[:, None])
-        through = (grad * output).sum(-1) - gains * of_gain - skip * of_skip
-        of_decay = in_order(through).flip(1).cumsum(1).flip(1) + (final * of_final).sum((-1, -2))[:, None]
-        found = map(in_order, (of_query.transpose(2, 3), of_key.transpose(2, 3), of_value, of_gain))
-        of_query, of_key, of_value, of_gain = found
-        of_skip, of_state = of_skip.sum((0, 1, 2)), ungrouped(of_state, groups)
+            own = weigh(fades.within, q @ k.mT)
+            of_added = apart(of_given, v).mul_(fades.out_of).add_((own.mT @ by_head).transpose(2, 3))
+            of_gain = (v * of_added).sum(-1)
+            of_value = of_added.mul_(gains[..., None]).addcmul_(grad, skip[:, None])
+            through = (grad * output).sum(-1) - gains * of_gain - skip * of_skip
+            of_decay = unchunked(through).flip(1).cumsum(1).flip(1) + (final * of_final).sum((-1, -2))[:, None]
+            found = map(unchunked, (of_query.transpose(2, 3), of_key.transpose(2, 3), of_value, of_gain))
+            of_query, of_key, of_value, of_gain = found
+            of_skip, of_state = of_skip.sum((0, 1, 2)), ungrouped(of_state, groups)
         return of_query, of_key, of_value, of_decay, of_gain, of_skip, of_state, None, None, None
 
 
@@ -189,7 +192,7 @@ def by_chunk(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return x.flatten(1, 2).unbind(0)
 
 
-def in_order(x: torch.Tensor) -> torch.Tensor:
+def unchunked(x: torch.Tensor) -> torch.Tensor:
     """[chunks, batch, size, ...] -> [batch, length, ...]"""
     return x.transpose(0, 1).flatten(1, 2)
 
