@@ -14,6 +14,7 @@ from torch import nn
 from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from ..ops.precision import without_autocast
 from .bias import biased_attention
 
 
@@ -141,7 +142,7 @@ class RotaryEmbedding(LlamaRotaryEmbedding):
     @dynamic_rope_update
     def turns(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         wide = torch.promote_types(hidden_states.dtype, torch.float32)
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        with without_autocast(hidden_states):
             angle = position_ids[..., None].to(wide) * self.inv_freq.to(hidden_states.device, wide)
             angle = torch.cat((-angle, angle), dim=-1)[:, :, None]
             cos, sin = angle.cos() * self.attention_scaling, angle.sin() * self.attention_scaling
