@@ -237,8 +237,8 @@ ARCHITECTURES = (
             "sink_attention do not.",
             "linear cost": "Dense layers compare all pairs of tokens; strided and fixed ones n (stride + n / stride), "
             "the others as many as their windows show.",
-            "padding does not enter the state": "transformers' cache of a window counts columns, padding included; that "
-            "of sink_attention counts real tokens.",
+            "padding does not enter the state": "transformers' cache of a window counts columns, padding included; "
+            "that of sink_attention counts real tokens.",
         },
     ),
     Architecture(

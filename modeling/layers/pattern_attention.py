@@ -1,4 +1,4 @@
-"""Attention by patterns of places: what the layers of `ops/factorized_attention.py` and `ops/dilated_attention.py` are."""
+"""Layers whose tokens see others by a pattern of their places: strided, fixed and dilated attention."""
 
 from typing import NamedTuple
 

@@ -3,7 +3,7 @@
 The slot is called as positions(hidden_states [batch, length, size], position_ids [batch or 1, length]) and answers
 (hidden_states, position_embeddings). What layers get is one of the tuples below, each with the two methods by which
 attention asks it: `rotate(query, key)`, and `attend(kernel, query, key, value, attention_mask, key_positions)`, which
-calls `kernel(query, key, value, mask)` and gives its answer. Those that stand beside `CausalWindowAttention` have a third,
+calls `kernel(query, key, value, mask)` and gives its answer. Those that `CausalWindowAttention` asks have a third,
 `rotate_to_first(query)`: the queries that ask the first tokens of a text, None where they are the same as the others.
 """
 

@@ -19,13 +19,11 @@ def times_shown(query_place, key_place, heads: int, segments: Sequence[int], dil
     """The definition: how often a key is shown to a query of the same document, [batch, heads, queries, keys].
     query_place [batch, queries], key_place [batch, keys]."""
     query_place, key_place = query_place[:, None, :, None], key_place[:, None, None]
-    head = torch.arange(heads, device=query_place.device)[:, None, None]
-    count = 0
+    head, count = torch.arange(heads, device=query_place.device)[:, None, None], 0
     for segment, dilation in zip(segments, dilations, strict=True):
+        shown = (query_place // segment == key_place // segment) & (key_place <= query_place)
         taken = ((query_place - head) % dilation == 0) & ((key_place - head) % dilation == 0)
-        count = count + (taken & (query_place // segment == key_place // segment) & (key_place <= query_place)).to(
-            torch.int8
-        )
+        count = count + (shown & taken).to(torch.int8)
     return count
 
 

@@ -55,8 +55,6 @@ class ArchSparseTransformerConfig(AttentionConfig):
     attention_bias: bool = True
     mlp_bias: bool = True
     tie_word_embeddings: bool = True
-    bos_token_id: int | None = 50256
-    eos_token_id: int | list[int] | None = 50256
 
     def __post_init__(self, **kwargs):
         if self.dilated_segments is None and self.dilations is None:
@@ -82,8 +80,8 @@ class ArchSparseTransformerConfig(AttentionConfig):
             raise ValueError(f"num_sink_tokens is {self.num_sink_tokens}; it must not be negative.")
         if self.stride < 1 or not 1 <= self.summary_columns <= self.stride:
             raise ValueError(
-                f"summary_columns {self.summary_columns} is not between 1 and stride {self.stride}: they are columns of "
-                "a block of that many tokens."
+                f"summary_columns {self.summary_columns} is not between 1 and stride {self.stride}: they are the last "
+                "columns of a block of that many tokens."
             )
         if self.attention_scaling is not None and self.attention_scaling <= 0:
             raise ValueError(f"attention_scaling is {self.attention_scaling}; it must be positive.")
