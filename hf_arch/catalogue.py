@@ -230,7 +230,8 @@ ARCHITECTURES = (
         family="long_context",
         title="Sparse Transformer (GPT-3, LongNet, attention sinks)",
         paper="arXiv:1904.10509",
-        tiny={"sliding_window": 9, "stride": 8, "summary_columns": 2, "dilated_segments": [8, 32], "dilations": [1, 2]},
+        tiny={"sliding_window": 9, "stride": 8, "summary_columns": 2, "tie_word_embeddings": False}
+        | {"dilated_segments": [8, 32], "dilations": [1, 2]},
         exceptions={
             "bounded state": "Dense layers look at every earlier key, and so does, in the end, the text that strided, "
             "fixed and dilated ones see: their caches grow. Those of layers of type sliding_attention and "

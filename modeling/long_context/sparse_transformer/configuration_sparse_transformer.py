@@ -61,6 +61,10 @@ class ArchSparseTransformerConfig(AttentionConfig):
             self.dilated_segments, self.dilations = [2048, 4096, 8192, 16384, 32768], [1, 2, 4, 8, 16]
         super().__post_init__(**kwargs)
 
+    def mixer_tp_plan(self) -> dict[str, str]:
+        dilated = "dilated_attention" in self.layer_types  # which tokens a head takes does not follow it to its shard
+        return {} if dilated else super().mixer_tp_plan()
+
     def layer_pattern(self) -> list[str]:
         return ["full_attention", "sliding_attention"]
 
