@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from ..ops.banded_attention import (
+    attend_seen,
     banded_attention,
     dense_weights,
     fused,
@@ -77,15 +78,9 @@ class CausalWindowAttention(Attention):
             padded = (None if x is None else F.pad(x, (0, 0, 0, 0, missing, 0)) for x in (query, to_first))
             return self.see(*padded, key, value, documents, landmarks, self.first)[0][:, missing:]
         seen = visible_in_band(documents, self.before, 0, self.dilation, landmarks, query.shape[1])
-        mask = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill_(~seen, -torch.inf)
-        if to_first is not None:  # a key is asked by one half of a query or by the other
-            query, of_first = torch.cat((query, to_first), dim=-1), landmarks[..., None, None]
-            key = torch.cat((key * ~of_first, key * of_first), dim=-1)
-        groups = query.shape[2] // key.shape[2]
-        key, value = (x.repeat_interleave(groups, dim=2) for x in (key, value))
         kernel = written_out if self.config._attn_implementation == "eager" else fused
-        output, _ = kernel(*(x.transpose(1, 2) for x in (query, key, value)), mask[:, None], **self.options())
-        return output.transpose(1, 2)
+        told = self.options() | {"kernel": kernel, "landmark_query": to_first}
+        return attend_seen(query, key, value, seen, landmarks, **told)
 
     def recall(self, memory: RecurrentCacheLayer, real: torch.Tensor, key: torch.Tensor, value: torch.Tensor):
         """(which are there [batch, keys], keys, values) of the first tokens, the last, and the new ones."""

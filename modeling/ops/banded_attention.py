@@ -250,6 +250,30 @@ def with_landmark_scores(query, landmark_query, key, around: list[torch.Tensor],
     return torch.cat((query, scores.to(query.dtype)), dim=-1), [key, F.pad(value, (0, count))]
 
 
+def attend_seen(
+    query,
+    key,
+    value,
+    seen: torch.Tensor,
+    landmarks: torch.Tensor,
+    *,
+    kernel: Kernel = fused,
+    landmark_query=None,
+    **told,
+) -> torch.Tensor:
+    """The same for few queries, of which `seen` [batch, queries, keys] says what they see, and which of the keys are
+    landmarks, [batch, keys]."""
+    mask = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill_(~seen, -math.inf)
+    told["scale"] = query.shape[-1] ** -0.5 if told.get("scale") is None else told["scale"]
+    if landmark_query is not None:  # a key is asked by one half of a query or by the other
+        query, marked = torch.cat((query, landmark_query), dim=-1), landmarks[..., None, None]
+        key = torch.cat((key * ~marked, key * marked), dim=-1)
+    groups = query.shape[2] // key.shape[2]
+    key, value = (x.repeat_interleave(groups, dim=2) for x in (key, value))
+    output, _ = kernel(*(x.transpose(1, 2) for x in (query, key, value)), mask[:, None], **told)
+    return output.transpose(1, 2)
+
+
 def dense_weights(weights: torch.Tensor, band: Band) -> torch.Tensor:
     """Weights of blocks as [batch, heads, length, length]: as large as those of full attention."""
     column = torch.arange(band.length, device=weights.device)[None]

@@ -50,7 +50,7 @@ class ArchSparseTransformerConfig(AttentionConfig):
     dilations: list[int] | None = None
     num_sink_tokens: int = 4
     attention_scaling: float | int | None = None
-    hidden_act: str = "gelu_new"
+    hidden_act: str = "gelu_pytorch_tanh"
     norm_eps: float = 1e-5
     attention_bias: bool = True
     mlp_bias: bool = True

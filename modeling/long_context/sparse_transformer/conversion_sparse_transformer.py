@@ -9,6 +9,7 @@ from transformers import GPTNeoConfig
 from ...dense.transformer.conversion_transformer import same_fields, score_without_bias
 from ...skeleton.conversion import Conversion, Fields, Rule, Tensors, require
 
+ONE_PASS = {"gelu_new": "gelu_pytorch_tanh"}  # the same function
 LAYERS = {"global": "full_attention", "local": "sliding_attention"}
 
 
@@ -19,7 +20,7 @@ def gpt_neo_config(fields: Fields) -> Fields:
         "intermediate_size": config.intermediate_size or 4 * config.hidden_size,
         "layer_types": [LAYERS[kind] for kind in config.attention_layers],
         "sliding_window": config.window_size,
-        "hidden_act": config.activation_function,
+        "hidden_act": ONE_PASS.get(config.activation_function, config.activation_function),
         "norm_eps": config.layer_norm_epsilon,
         "attention_scaling": 1.0,
         "hidden_dropout": config.resid_dropout,
