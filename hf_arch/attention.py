@@ -12,11 +12,11 @@ LM-Infinite, arXiv:2308.16137). Long texts are compared in blocks: cost is linea
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import rotate_half
 
 from hf_arch.modeling.ops.banded_attention import Band, attend_seen, banded_attention, make_band
 from hf_arch.modeling.ops.documents import document_places
@@ -66,9 +66,7 @@ def register_attention(name: str, *, window: int, sinks: int = 0) -> None:
 def attend(module, query, key, value, attention_mask, scaling=None, dropout: float = 0.0, **kwargs):
     """As transformers calls it: query [batch, heads, queries, dim] -> ([batch, queries, heads, dim], None)."""
     if unknown := [option for option in ("softcap", "s_aux") if kwargs.get(option) is not None]:
-        raise ValueError(
-            f"{type(module).__name__} asks for {', '.join(unknown)}, which windows of hf_arch do not know."
-        )
+        raise ValueError(f"{type(module).__name__} asks for {', '.join(unknown)}, which windows do not know.")
     if not isinstance(attention_mask, Seen):  # one that the caller made, of all pairs
         told = {"scaling": scaling, "dropout": dropout}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **told)
@@ -103,7 +101,7 @@ def make_seen(
     **kwargs,
 ) -> Seen:
     """As transformers calls the maker of a mask. `local_size` is the window of the model's own, which stays."""
-    if isinstance(q_offset, torch.Tensor):
+    if isinstance(q_offset, torch.Tensor) or q_offset == 0 and kv_length != q_length:
         raise ValueError("A static cache holds all tokens: generate with past_key_values=hf_arch.window_cache(model).")
     own = pattern._replace(window=min(pattern.window, local_size or pattern.window))
     if q_offset == 0:
@@ -148,7 +146,7 @@ def documents_of(mask_function, attention_mask, batch: int, length: int, device)
 
 
 def key_columns(pattern: Streaming, q_length: int, kv_length: int, seen: int, kv_offset: int, device) -> torch.Tensor:
-    """[keys] where in the text the keys stand that a cache gives: all, the last ones, or those of `WindowCacheLayer`."""
+    """[keys] where in the text the keys of a cache stand: all, the last ones, or those of `WindowCacheLayer`."""
     held = kv_length - q_length
     if kv_offset or held == seen:
         return kv_offset + torch.arange(kv_length, device=device)
@@ -165,9 +163,19 @@ def turn_to_sinks(pattern: Streaming, place: torch.Tensor, config) -> tuple[torc
         return None
     if rope.get("rope_type") not in FIXED_ROTATIONS:
         raise ValueError(f"Sinks need rotary positions of type {', '.join(FIXED_ROTATIONS)}, or none, not {rope}.")
-    frequency = LlamaRotaryEmbedding(config=config).inv_freq.to(place.device, torch.float64)
+    frequency = frequencies(config).to(place.device, torch.float64)
     angle = -late[:, None, :, None].double() * torch.cat((frequency, frequency))
     return angle.cos(), angle.sin()
+
+
+def frequencies(config) -> torch.Tensor:
+    """[pairs] by how much a pair of numbers of a head turns from place to place."""
+    rope = config.rope_parameters
+    if rope["rope_type"] != "default":
+        return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, None)[0]
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dim = int(head * rope.get("partial_rotary_factor", 1.0))
+    return rope["rope_theta"] ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
 
 
 class WindowCacheLayer(DynamicLayer):
@@ -209,8 +217,8 @@ def window_cache(model: PreTrainedModel, padding: int = 0) -> Cache:
     pattern = PATTERNS.get(config._attn_implementation)
     if pattern is None:
         raise ValueError(
-            f"The attention of the model is {config._attn_implementation!r}: call hf_arch.register_attention(name, ...) "
-            "and model.set_attn_implementation(name) first."
+            f"The attention of the model is {config._attn_implementation!r}: call hf_arch.register_attention(name, "
+            "window=...) and model.set_attn_implementation(name) first."
         )
     first = pattern.sinks + padding
     return Cache(layers=[WindowCacheLayer(pattern.window, first) for _ in range(config.num_hidden_layers)])

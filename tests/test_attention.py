@@ -12,12 +12,10 @@ from promises import some_tokens
 WINDOW, SINKS = 9, 3
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 SIZES = LLAMA | {"max_position_embeddings": 512}
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
 MODELS = {
     "llama": ("LlamaForCausalLM", SIZES),
-    "llama3": (
-        "LlamaForCausalLM",
-        SIZES | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-    ),
+    "linear": ("LlamaForCausalLM", SIZES | {"rope_parameters": LINEAR}),
     "qwen3": ("Qwen3ForCausalLM", SIZES | {"head_dim": 16}),
     "phi": ("PhiForCausalLM", SIZES | {"partial_rotary_factor": 0.5}),
     "gpt2": ("GPT2LMHeadModel", {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}),
@@ -47,7 +45,7 @@ def test_a_window_over_all_is_the_model_as_it_was(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["llama", "llama3", "qwen3", "phi"])
+@pytest.mark.parametrize("name", ["llama", "linear", "qwen3", "phi"])
 def test_sinks_are_seen_from_where_they_stand_in_the_cache(name):
     """One layer: the last token sees what the model would see of sinks and window alone, put together."""
     layers = {"num_hidden_layers": 1}

@@ -10,6 +10,7 @@ from originals import scaled_up
 from torch.testing import assert_close
 
 from hf_arch import find
+from hf_arch.bench.costs import Span, pattern_pairs
 from hf_arch.convert import convert
 from promises import EXACT, Case, some_tokens
 
@@ -108,6 +109,16 @@ def test_a_step_reads_only_what_the_pattern_shows(kind):
     cache = model(some_tokens(1, 200), use_cache=True).past_key_values
     mask = model.model.make_masks(torch.zeros(1, 1, 32), None, cache, None)[kind]
     assert len(mask.columns) < 60 and (mask.mask > -torch.inf).any(2).any(1).all()
+
+
+@pytest.mark.parametrize("kind", PATTERNS)
+def test_the_benchmark_counts_the_pairs_of_the_definition(kind):
+    mixer, place = (
+        build(kind, dilated_segments=[16, 48], dilations=[1, 4]).model.layers[0].mixer,
+        torch.arange(70)[None],
+    )
+    shown = mixer.shown(mixer.config, place[:, 30:], place)
+    assert pattern_pairs(mixer, Span(40, before=30)) == pytest.approx(shown.sum().item() / shown.shape[1], rel=0.05)
 
 
 def as_in_the_cache(model, tokens: torch.Tensor) -> torch.Tensor:
