@@ -113,10 +113,8 @@ def test_a_step_reads_only_what_the_pattern_shows(kind):
 
 @pytest.mark.parametrize("kind", PATTERNS)
 def test_the_benchmark_counts_the_pairs_of_the_definition(kind):
-    mixer, place = (
-        build(kind, dilated_segments=[16, 48], dilations=[1, 4]).model.layers[0].mixer,
-        torch.arange(70)[None],
-    )
+    model, place = build(kind, dilated_segments=[16, 48], dilations=[1, 4]), torch.arange(70)[None]
+    mixer = model.model.layers[0].mixer
     shown = mixer.shown(mixer.config, place[:, 30:], place)
     assert pattern_pairs(mixer, Span(40, before=30)) == pytest.approx(shown.sum().item() / shown.shape[1], rel=0.05)
 
