@@ -81,6 +81,11 @@ VARIANTS = {
         "layers": {"attention_window": [8, 12], "attention_dilation": [1, 2]},
         "questions": {"attention_window": 6, "attention_dilation": 3, "num_global_tokens": 5},
     },
+    "sparse_transformer": {
+        "factorized": {"layer_types": ["strided_attention", "fixed_attention"], "num_key_value_heads": 2},
+        "dilated": {"layer_types": ["dilated_attention"] * 2, "position_type": "rope"},
+        "streaming": {"layer_types": ["sink_attention"] * 2, "position_type": "rope", "num_key_value_heads": 2},
+    },
     "mixtral": {"sliding": {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9}},
     "hat": {
         "one_level": {"segment_lengths": [], "layer_types": ["level_0"] * 3},
