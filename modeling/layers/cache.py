@@ -177,6 +177,8 @@ class StaticHistoryCacheLayer(StaticRecurrentCacheLayer):
 RECURRENT = (
     "h3",
     "hyena",
+    "local_attention",
+    "lsh_attention",
     "modal_hyena",
     "retention",
     "rwkv4",

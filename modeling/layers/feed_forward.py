@@ -2,6 +2,8 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+CHUNK_NUMBERS = {"cpu": 2**19, "cuda": 2**26}  # inside a feed-forward at once: what a cache, or a GPU, has room for
+
 
 class MLP(nn.Module):
     """down(act(up(x)))."""
@@ -14,6 +16,17 @@ class MLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class ChunkedMLP(MLP):
+    """The same a part of the tokens at a time, so that what is inside is never as long as the text (Kitaev et al.,
+    2020, arXiv:2001.04451, section 3)."""
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        numbers = CHUNK_NUMBERS.get(hidden_states.device.type, CHUNK_NUMBERS["cuda"])
+        tokens = max(1, numbers // (len(hidden_states) * self.up_proj.out_features))
+        forward = super().forward
+        return torch.cat([forward(part) for part in hidden_states.split(tokens, dim=1)], dim=1)
 
 
 class GatedMLP(MLP):
