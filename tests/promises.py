@@ -15,6 +15,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from hf_arch import ARCHITECTURES, Architecture
 from hf_arch.modeling.layers.experts import TopKRouter
+from hf_arch.modeling.long_context.reformer.modeling_reformer import LSHAttention
 
 VARIANTS = {
     "transformer": {
@@ -56,6 +57,11 @@ VARIANTS = {
         "third_order": {"hyena_order": 3, "short_filter_order": 4, "attention_bias": False},
         "modal": {"layer_types": ["modal_hyena"] * 2, "state_size": 5, "hyena_order": 3},
         "mixed": {"layer_types": ["modal_hyena", "hyena"], "state_size": 3},
+    },
+    "reformer": {
+        "local": {"layer_types": ["local_attention"] * 2, "position_type": "sinusoidal", "local_attn_chunk_length": 5},
+        "lsh": {"layer_types": ["lsh_attention"] * 2, "position_type": "learned", "head_dim": 6, "num_buckets": 6}
+        | {"feed_forward_types": ["gated"] * 2, "attention_bias": True, "num_hashes": 1, "lsh_attn_chunk_length": 70},
     },
     "mixtral": {"sliding": {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9}},
     "hat": {
@@ -189,7 +195,7 @@ DECODERS = [
     ),
 ]
 ENCODERS = [Case(row, "ForMaskedLM") for row in ARCHITECTURES if "ForMaskedLM" in row.heads]
-ALSO_ENCODERS = {"transformer": ("vaswani", "alibi", "t5"), "s4": ("bilinear",)}  # of the choices of decoders
+ALSO_ENCODERS = {"transformer": ("vaswani", "alibi", "t5"), "s4": ("bilinear",), "reformer": ("lsh",)}  # of the choices of decoders
 ENCODERS += [
     Case(case.row, case.head, f"bidirectional_{name}", VARIANTS[case.row.name][name])
     if "ForCausalLM" in case.row.heads
@@ -201,14 +207,16 @@ ENCODERS += [
 
 @contextlib.contextmanager
 def held_choices():
-    """Each router chooses the experts that it chose first for as many tokens: a choice that a rounding error turns says
-    nothing of precision."""
-    held, choose = {}, TopKRouter.choose
+    """Each router chooses the experts, and each hash the buckets, that it chose first for as many tokens: a choice that
+    a rounding error turns says nothing of precision."""
+    held = {}
 
-    def first_choice(self, scores):
-        return held.setdefault((self, len(scores)), choose(self, scores))
+    def first_of(choose):
+        return lambda self, scores: held.setdefault((self, scores.shape[:-1]), choose(self, scores))
 
-    with patch.object(TopKRouter, "choose", first_choice):
+    with contextlib.ExitStack() as stack:
+        for chooser in (TopKRouter, LSHAttention):
+            stack.enter_context(patch.object(chooser, "choose", first_of(chooser.choose)))
         yield
 
 
