@@ -195,7 +195,11 @@ DECODERS = [
     ),
 ]
 ENCODERS = [Case(row, "ForMaskedLM") for row in ARCHITECTURES if "ForMaskedLM" in row.heads]
-ALSO_ENCODERS = {"transformer": ("vaswani", "alibi", "t5"), "s4": ("bilinear",), "reformer": ("lsh",)}  # of the choices of decoders
+ALSO_ENCODERS = {
+    "transformer": ("vaswani", "alibi", "t5"),
+    "s4": ("bilinear",),
+    "reformer": ("lsh",),
+}  # of the choices of decoders
 ENCODERS += [
     Case(case.row, case.head, f"bidirectional_{name}", VARIANTS[case.row.name][name])
     if "ForCausalLM" in case.row.heads

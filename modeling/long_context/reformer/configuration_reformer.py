@@ -58,8 +58,8 @@ class ArchReformerConfig(ArchConfig):
             self.bucketing = "ranked" if self.direction == "causal" else "sorted"
         if self.bucketing == "sorted":
             self.use_cache = False
-        if self.head_dim is None:
-            self.head_dim = max(1, self.hidden_size // max(1, self.num_attention_heads))
+        if self.head_dim is None and self.hidden_size % max(1, self.num_attention_heads) == 0:
+            self.head_dim = self.hidden_size // max(1, self.num_attention_heads)
         if self.axial_pos_shape is None:
             columns = 2 ** math.ceil(math.log2(max(1, self.max_position_embeddings)) / 2)
             self.axial_pos_shape = [-(-self.max_position_embeddings // columns), columns]
