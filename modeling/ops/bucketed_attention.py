@@ -18,11 +18,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .arrangement import HIDDEN, ITSELF, Windows, arrangement_by, join_rounds, weigh, weights_of
 from .documents import document_runs
 
 CHUNK = 64  # queries that are handled side by side
-ITSELF = -1e5  # added to a token's score of itself where it should see others
-HIDDEN = -1e30  # in the place of a score: a row of nothing else is an answer that nobody reads
 
 State = tuple[torch.Tensor, torch.Tensor]
 
@@ -120,10 +119,10 @@ def bucketed_attention(
     if initial_state is not None:
         query, key, value, numbers, base = after_state(query, key, value, numbers, initial_state, num_buckets, block)
     order = in_order(numbers, last, num_buckets, base)
-    output, normalizer = attend_in_chunks(query, key, value, order, block, sees_itself, dropout)
+    answers = attend_in_chunks(query, key, value, order, block, sees_itself, dropout, rounds > 1)
     if initial_state is not None:
-        output, normalizer = (x[:, -length:].view(len(x), length, heads, rounds, -1) for x in (output, normalizer))
-    output = output.squeeze(3) if rounds == 1 else (output * normalizer.softmax(3).to(output.dtype)).sum(3)
+        answers = (None if x is None else x[:, -length:].view(len(x), length, heads, rounds, -1) for x in answers)
+    output = join_rounds(*answers)
     if not output_final_state:
         return output, None
     store, count = state_of(key, value, order, num_buckets, block)
@@ -185,90 +184,33 @@ def attend_in_chunks(
     block: int,
     sees_itself: bool,
     dropout: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each round answers, [batch, length, heads, rounds, value_dim], and the logarithm of the sum of its weights,
-    [batch, length, heads, rounds, 1]."""
+    joined: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What each round answers, [batch, length, heads, rounds, value_dim], and, where rounds are to be `joined`, the
+    logarithm of the sum of its weights, [batch, length, heads, rounds, 1]."""
     (batch, length, heads), rounds = query.shape[:3], order.rank.shape[2]
     size = min(CHUNK, length)
     chunks = -(-length // size)
     back = min(2 * block, (chunks - 1) * size)  # tokens before a chunk that it may see, and one
-    there, home = places(order.column, heads, chunks * size)
-    query, key, value = (x.flatten(0, 2) for x in (query, key, value))
-    query = Rearranged.apply(query, there, home, rounds).unflatten(0, (-1, size))
-    key, value = (Rearranged.apply(x, F.pad(there, (back, 0)), home + back, rounds) for x in (key, value))
-    windows = [x.unfold(0, back + size, size) for x in (key, value)]  # [chunks of all rows, dim, keys]
+    sorted_ = arrangement_by(order.column, heads, chunks * size)
+    query = sorted_.arrange(query).unflatten(0, (-1, size))
+    keys, values = (Windows.apply(sorted_.arrange(x, back), size, back) for x in (key, value))
 
-    near, far = 0 if sees_itself else 1, 2 * block
-    distance = torch.arange(size, device=query.device)[:, None] + back - torch.arange(back + size, device=query.device)
-    distance = distance.masked_fill(distance < near, far)
-    reach = reach_of(order.rank, block)
+    column = torch.arange(back + size, dtype=torch.int32, device=query.device)
+    distance = column[:size, None] + back - column
+    distance = distance.masked_fill(distance < 0, 2 * block)  # out of reach
+    reach = reach_of(order.rank, block).to(torch.int32)
     reach = F.pad(reach, (0, chunks * size - length)).unflatten(-1, (chunks, size))[..., None]
-    scores = torch.bmm(query, windows[0]).view(batch, heads, rounds, chunks, size, -1)
+    scores = torch.bmm(query, keys.transpose(1, 2)).view(batch, heads, rounds, chunks, size, -1)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill_(distance > reach, HIDDEN)
-    weights, normalizer = WeightsAndNormalizer.apply(scores)
-    weights = F.dropout(weights, dropout)
-    output = torch.bmm(weights.flatten(0, 3).to(value.dtype), windows[1].transpose(1, 2)).view(*scores.shape[:5], -1)
     if not sees_itself:
-        alone = reach == 0
-        output = torch.where(alone, value[back:].view(output.shape), output)
-        normalizer = normalizer.masked_fill(alone, ITSELF)
-    return tuple(
-        Rearranged.apply(x.flatten(0, 4), home, of_rounds(there, rounds, chunks * size), 1).view(
-            batch, length, heads, rounds, -1
-        )
-        for x in (output, normalizer)
-    )
-
-
-def places(column: torch.Tensor, heads: int, padded: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each place of a sorted row [batch, heads, rounds, padded] the token that takes it, and for each token [batch,
-    length, heads, rounds] its place; all flat."""
-    batch, _, rounds, length = column.shape
-    row = torch.arange(batch, device=column.device)[:, None, None, None]
-    head = torch.arange(heads, device=column.device)[:, None, None]
-    there = F.pad((row * length + column) * heads + head, (0, padded - length))
-    position = torch.arange(length, device=column.device).expand_as(column)
-    place = torch.empty_like(column).scatter_(-1, column, position)
-    starts = torch.arange(batch * heads * rounds, device=column.device).view(batch, heads, rounds, 1) * padded
-    return there.flatten(), (place + starts).permute(0, 3, 1, 2).flatten()
-
-
-def of_rounds(there: torch.Tensor, rounds: int, padded: int) -> torch.Tensor:
-    """Of the tokens in sorted places, their places among tokens and rounds."""
-    turn = torch.arange(rounds, device=there.device)[:, None].expand(-1, padded).flatten()
-    return (there.unflatten(0, (-1, rounds * padded)) * rounds + turn).flatten()
-
-
-class Rearranged(torch.autograd.Function):
-    """x [rows, dim] at the rows `there`; `home` says where in the answer the `copies` of each row are."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, there: torch.Tensor, home: torch.Tensor, copies: int) -> torch.Tensor:
-        ctx.save_for_backward(home)
-        ctx.copies = copies
-        return x.index_select(0, there)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
-        (home,) = ctx.saved_tensors
-        gradient = gradient.index_select(0, home)
-        return gradient if ctx.copies == 1 else gradient.unflatten(0, (-1, ctx.copies)).sum(1), None, None, None
-
-
-class WeightsAndNormalizer(torch.autograd.Function):
-    """softmax(scores), and log(sum(exp(scores))) [..., 1], by which parts of a softmax are joined."""
-
-    @staticmethod
-    def forward(ctx, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        weights = scores.softmax(-1)
-        ctx.save_for_backward(weights)
-        return weights, scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
-
-    @staticmethod
-    def backward(ctx, of_weights: torch.Tensor, of_normalizer: torch.Tensor) -> torch.Tensor:
-        (weights,) = ctx.saved_tensors
-        shared = (weights * of_weights).sum(-1, keepdim=True) - of_normalizer
-        return (of_weights - shared).mul_(weights)
+        with torch.no_grad():  # what is added has no gradient
+            scores.diagonal(back, -2, -1).add_(ITSELF)
+    weights, normalizer = weigh(scores, joined)
+    output = torch.bmm(F.dropout(weights, dropout).to(value.dtype).flatten(0, 3), values)
+    if normalizer is not None:
+        normalizer = sorted_.restore(normalizer.flatten(0, 4))
+    return sorted_.restore(output.flatten(0, 1)), normalizer
 
 
 def state_of(key: torch.Tensor, value: torch.Tensor, order: Order, num_buckets: int, block: int) -> State:
@@ -306,13 +248,3 @@ def bucketed_weights(
     apart = rank[..., :, None] - rank[..., None, :]
     seen = (numbers[..., :, None] == numbers[..., None, :]) & (apart >= 0) & (apart <= 1)
     return weights_of(query, key, seen.sum(2).tril(), sees_itself)
-
-
-def weights_of(query: torch.Tensor, key: torch.Tensor, seen: torch.Tensor, sees_itself: bool) -> torch.Tensor:
-    """The weights of a query that sees each key `seen` [batch, heads or 1, queries, keys] times."""
-    scores = torch.einsum("bihd,bjhd->bhij", query, key)
-    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    wide = wide + seen.to(wide.dtype).log()
-    if not sees_itself:
-        wide.diagonal(dim1=-2, dim2=-1).add_(ITSELF)
-    return wide.softmax(-1).to(scores.dtype)

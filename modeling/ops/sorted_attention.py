@@ -11,16 +11,8 @@ Shapes as there.
 import torch
 import torch.nn.functional as F
 
-from .bucketed_attention import (
-    HIDDEN,
-    ITSELF,
-    Rearranged,
-    WeightsAndNormalizer,
-    document_and_bucket,
-    of_rounds,
-    places,
-    weights_of,
-)
+from .arrangement import HIDDEN, ITSELF, arrangement_by, join_rounds, weigh, weights_of
+from .bucketed_attention import document_and_bucket
 from .documents import Unpacked, find_documents
 
 
@@ -46,17 +38,11 @@ def attend_to_neighbours(
         numbers = numbers.masked_fill(~found.real[:, None, None], num_buckets)
     numbers, column = numbers.sort(dim=-1, stable=True)
     chunks = -(-length // block)
-    missing = chunks * block - length
-    there, home = places(column, heads, chunks * block)
-
-    def blocks(x: torch.Tensor) -> torch.Tensor:
-        x = Rearranged.apply(x.flatten(0, 2), there, home, rounds)
-        return x.view(batch, heads, rounds * chunks, block, -1)
-
+    sorted_ = arrangement_by(column, heads, chunks * block)
+    query, key, value = (sorted_.arrange(x).view(batch, heads, rounds * chunks, block, -1) for x in (query, key, value))
     before = block_before(rounds, chunks, block, found, column)
-    query = blocks(query)
-    key, value = (torch.cat((take_blocks(x, before), x), dim=3) for x in (blocks(key), blocks(value)))
-    column = F.pad(column.masked_fill(numbers == num_buckets, length), (0, missing), value=length)
+    key, value = (torch.cat((take_blocks(x, before), x), dim=3) for x in (key, value))
+    column = F.pad(column.masked_fill(numbers == num_buckets, length), (0, chunks * block - length), value=length)
     column = column.view(batch, -1, rounds * chunks, block, 1)
     columns = torch.cat((take_blocks(column, before), column), dim=3).transpose(3, 4)
     scores = query @ key.transpose(3, 4)
@@ -64,14 +50,11 @@ def attend_to_neighbours(
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(hidden, HIDDEN)
     if not sees_itself:
         scores = scores.masked_fill(columns == column, ITSELF)
-    weights, normalizer = WeightsAndNormalizer.apply(scores)
+    weights, normalizer = weigh(scores, rounds > 1)
     output = F.dropout(weights, dropout).to(value.dtype) @ value
-    output, normalizer = (
-        Rearranged.apply(x.flatten(0, 3), home, of_rounds(there, rounds, chunks * block), 1)
-        for x in (output, normalizer)
-    )
-    output, normalizer = (x.view(batch, length, heads, rounds, -1) for x in (output, normalizer))
-    return (output * normalizer.softmax(3).to(output.dtype)).sum(3)
+    if normalizer is not None:
+        normalizer = sorted_.restore(normalizer.flatten(0, 3))
+    return join_rounds(sorted_.restore(output.flatten(0, 3)), normalizer)
 
 
 def block_before(rounds: int, chunks: int, block: int, found: Unpacked | None, like: torch.Tensor) -> torch.Tensor:
