@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .arrangement import HIDDEN, ITSELF, Windows, arrangement_by, join_rounds, weigh, weights_of
+from .arrangement import HIDDEN, ITSELF, Windows, arrangement_by, attend_to_windows, join_rounds, weights_of
 from .documents import document_runs
 
 CHUNK = 64  # queries that are handled side by side
@@ -119,10 +119,13 @@ def bucketed_attention(
     if initial_state is not None:
         query, key, value, numbers, base = after_state(query, key, value, numbers, initial_state, num_buckets, block)
     order = in_order(numbers, last, num_buckets, base)
-    answers = attend_in_chunks(query, key, value, order, block, sees_itself, dropout, rounds > 1)
-    if initial_state is not None:
-        answers = (None if x is None else x[:, -length:].view(len(x), length, heads, rounds, -1) for x in answers)
-    output = join_rounds(*answers)
+    if num_buckets == rounds == 1 and documents is None and initial_state is None:
+        output = attend_in_line(query, key, value, block, sees_itself, dropout)
+    else:
+        answers = attend_in_chunks(query, key, value, order, block, sees_itself, dropout, rounds > 1)
+        if initial_state is not None:
+            answers = (None if x is None else x[:, -length:].view(len(x), length, heads, rounds, -1) for x in answers)
+        output = join_rounds(*answers)
     if not output_final_state:
         return output, None
     store, count = state_of(key, value, order, num_buckets, block)
@@ -154,7 +157,8 @@ def after_state(query, key, value, numbers, state: State, num_buckets: int, bloc
     held = store.gather(4, place).flatten(3, 4).flatten(1, 2).transpose(1, 2)  # [batch, places, heads * rounds, dims]
     bucket = torch.arange(num_buckets, device=query.device)[:, None]
     there = count[..., None] - 2 * block + room >= 0
-    before = torch.where(there, num_buckets + bucket, numbers.amax() + 1).flatten(3)
+    nowhere = (numbers.amax() // num_buckets + 1).clamp(min=2) * num_buckets  # a document after all others
+    before = torch.where(there, num_buckets + bucket, nowhere).flatten(3)
     numbers, base = torch.cat((before, numbers), dim=-1), (count - 2 * block).clamp(min=0)
     if rounds > 1:
         numbers, base = (x.expand(-1, heads, -1, -1) for x in (numbers, base))
@@ -188,7 +192,7 @@ def attend_in_chunks(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What each round answers, [batch, length, heads, rounds, value_dim], and, where rounds are to be `joined`, the
     logarithm of the sum of its weights, [batch, length, heads, rounds, 1]."""
-    (batch, length, heads), rounds = query.shape[:3], order.rank.shape[2]
+    length, heads = query.shape[1:3]
     size = min(CHUNK, length)
     chunks = -(-length // size)
     back = min(2 * block, (chunks - 1) * size)  # tokens before a chunk that it may see, and one
@@ -198,19 +202,36 @@ def attend_in_chunks(
 
     column = torch.arange(back + size, dtype=torch.int32, device=query.device)
     distance = column[:size, None] + back - column
-    distance = distance.masked_fill(distance < 0, 2 * block)  # out of reach
     reach = reach_of(order.rank, block).to(torch.int32)
     reach = F.pad(reach, (0, chunks * size - length)).unflatten(-1, (chunks, size))[..., None]
-    scores = torch.bmm(query, keys.transpose(1, 2)).view(batch, heads, rounds, chunks, size, -1)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill_(distance > reach, HIDDEN)
-    if not sees_itself:
-        with torch.no_grad():  # what is added has no gradient
-            scores.diagonal(back, -2, -1).add_(ITSELF)
-    weights, normalizer = weigh(scores, joined)
-    output = torch.bmm(F.dropout(weights, dropout).to(value.dtype).flatten(0, 3), values)
-    if normalizer is not None:
-        normalizer = sorted_.restore(normalizer.flatten(0, 4))
-    return sorted_.restore(output.flatten(0, 1)), normalizer
+    hidden = distance.masked_fill(distance < 0, 2 * block) > reach  # [batch, heads or 1, rounds, chunks, size, keys]
+    hidden = hidden.expand(-1, heads, -1, -1, -1, -1).flatten(0, 3)[:, None]
+    windows = (x[:, None] for x in (query, keys, values))
+    answers = attend_to_windows(*windows, hidden, None if sees_itself else distance == 0, dropout, joined)
+    return tuple(None if x is None else sorted_.restore(x.flatten(0, 2)) for x in answers)
+
+
+def attend_in_line(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block: int, sees_itself: bool, dropout: float
+) -> torch.Tensor:
+    """The same where all tokens are of one bucket: they are in order, and chunks are blocks."""
+    batch, length, heads = query.shape[:3]
+    size = min(block, length)
+    chunks = -(-length // size)
+    back = size if chunks > 1 else 0
+    missing = chunks * size - length
+    query, key, value = (F.pad(x.flatten(2), (0, 0, 0, missing)).flatten(0, 1) for x in (query, key, value))
+    query = query.view(-1, size, heads, query.shape[-1] // heads)
+    keys, values = (
+        Windows.apply(F.pad(x, (0, 0, back, 0)), size, back).unflatten(-1, (heads, -1)) for x in (key, value)
+    )
+    column = torch.arange(back + size, device=query.device)
+    distance = column[:size, None] + back - column
+    token = torch.arange(chunks, device=query.device)[:, None, None] * size - back + column
+    hidden = ((distance < 0) | (token < 0)).repeat(batch, 1, 1)[:, None]
+    windows = (x.transpose(1, 2) for x in (query, keys, values))
+    output, _ = attend_to_windows(*windows, hidden, None if sees_itself else distance == 0, dropout, joined=False)
+    return output.transpose(1, 2).reshape(batch, chunks * size, heads, -1)[:, :length]
 
 
 def state_of(key: torch.Tensor, value: torch.Tensor, order: Order, num_buckets: int, block: int) -> State:
