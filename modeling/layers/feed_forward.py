@@ -2,7 +2,8 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-CHUNK_NUMBERS = {"cpu": 2**19, "cuda": 2**26}  # inside a feed-forward at once: what a cache, or a GPU, has room for
+# Numbers inside a feed-forward at once, with and without a backward pass, to which each chunk is more work
+INSIDE_AT_ONCE = {True: 2**22, False: 2**19}
 
 
 class MLP(nn.Module):
@@ -23,8 +24,8 @@ class ChunkedMLP(MLP):
     2020, arXiv:2001.04451, section 3)."""
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        numbers = CHUNK_NUMBERS.get(hidden_states.device.type, CHUNK_NUMBERS["cuda"])
-        tokens = max(1, numbers // (len(hidden_states) * self.up_proj.out_features))
+        inside = len(hidden_states) * self.up_proj.out_features
+        tokens = max(1, INSIDE_AT_ONCE[torch.is_grad_enabled()] // inside)
         forward = super().forward
         return torch.cat([forward(part) for part in hidden_states.split(tokens, dim=1)], dim=1)
 

@@ -19,6 +19,10 @@ Streams = tuple[torch.Tensor, torch.Tensor]
 class Reversible(Residual):
     """(a, b) -> (b, a + f(norm(b))), for each sub-layer; the norm at the end is of both."""
 
+    def __init__(self, config, names, norm):
+        super().__init__(config, names, norm)
+        self.last = config.num_hidden_layers - 1
+
     @staticmethod
     def enter(hidden_states):
         """At least float32: what is subtracted again must be what was added."""
@@ -28,6 +32,9 @@ class Reversible(Residual):
     def forward(self, stream, sublayers, **context):
         recomputed = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         recomputed = recomputed and context.get("past_key_values") is None  # a cache must not be written twice
+        recomputed = (
+            recomputed and context["layer_idx"] < self.last
+        )  # where backward begins, nothing is worth forgetting
         streams, mark = stream.chunk(2, dim=-1), getattr(stream, "mark", None)
         for name, sublayer in sublayers.items():
             branch = Branch(self.norm[name], sublayer, self.dropout, context)

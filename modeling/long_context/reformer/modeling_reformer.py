@@ -133,7 +133,8 @@ class LSHAttention(BlockAttention):
             turned = torch.einsum("blhd,hdra->blhra", query.to(wide), self.rotations.to(wide))
         buckets, number = 0, 1
         for factor, part in zip(self.factors, turned.split([n // 2 for n in self.factors], dim=-1), strict=True):
-            buckets = buckets + number * torch.cat((part, -part), dim=-1).argmax(-1)
+            (high, axis), (low, opposite) = part.max(-1), part.min(-1)
+            buckets = buckets + number * torch.where(high >= -low, axis, opposite + factor // 2)
             number *= factor
         return buckets
 
