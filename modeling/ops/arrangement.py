@@ -117,11 +117,11 @@ def attend_to_windows(
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill_(hidden, HIDDEN)
     if itself is not None:
         scores = scores + itself * ITSELF
-    weights, normalizer = weigh(scores, joined)
+    weights, normalizer = weigh_scores(scores, joined)
     return F.dropout(weights, dropout).to(value.dtype) @ value, normalizer
 
 
-def weigh(scores: torch.Tensor, joined: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+def weigh_scores(scores: torch.Tensor, joined: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The weights of scores, and a normalizer where they are to be joined with others."""
     return WeightsAndNormalizer.apply(scores) if joined else (scores.softmax(-1), None)
 

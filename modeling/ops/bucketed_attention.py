@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from .arrangement import HIDDEN, ITSELF, Windows, arrangement_by, attend_to_windows, join_rounds, weights_of
 from .documents import document_runs
 
-CHUNK = 64  # queries that are handled side by side
+CHUNK_OF_SORTED = 64  # queries that are handled side by side
 
 State = tuple[torch.Tensor, torch.Tensor]
 
@@ -118,7 +118,7 @@ def bucketed_attention(
     base = None
     if initial_state is not None:
         query, key, value, numbers, base = after_state(query, key, value, numbers, initial_state, num_buckets, block)
-    order = in_order(numbers, last, num_buckets, base)
+    order = rank_in_buckets(numbers, last, num_buckets, base)
     if num_buckets == rounds == 1 and documents is None and initial_state is None:
         output = attend_in_line(query, key, value, block, sees_itself, dropout)
     else:
@@ -169,7 +169,7 @@ def after_state(query, key, value, numbers, state: State, num_buckets: int, bloc
     return query, torch.cat((keys, key), dim=1), torch.cat((values, value), dim=1), numbers, base
 
 
-def in_order(numbers: torch.Tensor, last: torch.Tensor, num_buckets: int, base: torch.Tensor | None) -> Order:
+def rank_in_buckets(numbers: torch.Tensor, last: torch.Tensor, num_buckets: int, base: torch.Tensor | None) -> Order:
     numbers, column = numbers.sort(dim=-1, stable=True)
     document, bucket = numbers // num_buckets, numbers % num_buckets
     position = torch.arange(numbers.shape[-1], device=numbers.device)
@@ -193,7 +193,7 @@ def attend_in_chunks(
     """What each round answers, [batch, length, heads, rounds, value_dim], and, where rounds are to be `joined`, the
     logarithm of the sum of its weights, [batch, length, heads, rounds, 1]."""
     length, heads = query.shape[1:3]
-    size = min(CHUNK, length)
+    size = min(CHUNK_OF_SORTED, length)
     chunks = -(-length // size)
     back = min(2 * block, (chunks - 1) * size)  # tokens before a chunk that it may see, and one
     sorted_ = arrangement_by(order.column, heads, chunks * size)
@@ -264,7 +264,7 @@ def bucketed_weights(
 ) -> torch.Tensor:
     """The weights of all pairs, [batch, heads, length, length]: as many as those of full attention."""
     numbers, last = document_and_bucket(buckets, documents, num_buckets)
-    order = in_order(numbers, last, num_buckets, None)
+    order = rank_in_buckets(numbers, last, num_buckets, None)
     rank = torch.empty_like(order.rank).scatter(-1, order.column, order.rank) // block
     apart = rank[..., :, None] - rank[..., None, :]
     seen = (numbers[..., :, None] == numbers[..., None, :]) & (apart >= 0) & (apart <= 1)
