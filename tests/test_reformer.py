@@ -130,7 +130,7 @@ def test_what_a_hook_changes_between_layers_is_seen():
 
 
 def test_a_second_backward_is_refused():
-    model = REFORMER.build(num_hidden_layers=3, layer_types=None, feed_forward_types=None).train()
+    model = REFORMER.build(num_hidden_layers=4, layer_types=None, feed_forward_types=None).train()
     loss = model(some_tokens(), labels=some_tokens()).loss
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="go back once"):

@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from .residual import Residual
 
+KEPT_LAYERS = 2  # the last ones, of which backward asks first
+
 Streams = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -21,7 +23,7 @@ class Reversible(Residual):
 
     def __init__(self, config, names, norm):
         super().__init__(config, names, norm)
-        self.last = config.num_hidden_layers - 1
+        self.first_kept = config.num_hidden_layers - KEPT_LAYERS
 
     @staticmethod
     def enter(hidden_states):
@@ -30,11 +32,12 @@ class Reversible(Residual):
         return torch.cat((wide, wide), dim=-1)
 
     def forward(self, stream, sublayers, **context):
-        recomputed = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        recomputed = recomputed and context.get("past_key_values") is None  # a cache must not be written twice
         recomputed = (
-            recomputed and context["layer_idx"] < self.last
-        )  # where backward begins, nothing is worth forgetting
+            torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and context.get("past_key_values") is None  # a cache must not be written twice
+            and context["layer_idx"] < self.first_kept
+        )
         streams, mark = stream.chunk(2, dim=-1), getattr(stream, "mark", None)
         for name, sublayer in sublayers.items():
             branch = Branch(self.norm[name], sublayer, self.dropout, context)
