@@ -243,6 +243,17 @@ ARCHITECTURES = (
         },
     ),
     Architecture(
+        "reformer",
+        "ArchReformer",
+        family="long_context",
+        title="Reformer",
+        paper="arXiv:2001.04451",
+        heads=(*DECODER, "ForMaskedLM"),
+        lora_targets=("qk_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        tiny={"lsh_attn_chunk_length": 4, "local_attn_chunk_length": 8, "num_buckets": [2, 2], "num_hashes": 2},
+        head_fields={"ForMaskedLM": {"direction": "bidirectional", "local_attn_chunk_length": 20}},
+    ),
+    Architecture(
         "mixtral",
         "ArchMixtral",
         family="moe",

@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from hf_arch import ARCHITECTURES, Architecture
 from hf_arch.modeling.layers.experts import TopKRouter
+from hf_arch.modeling.long_context.reformer.modeling_reformer import LSHAttention
 
 VARIANTS = {
     "transformer": {
@@ -85,6 +86,11 @@ VARIANTS = {
         "factorized": {"layer_types": ["strided_attention", "fixed_attention"], "num_key_value_heads": 2},
         "dilated": {"layer_types": ["dilated_attention"] * 2, "position_type": "rope"},
         "streaming": {"layer_types": ["sink_attention"] * 2, "position_type": "rope", "num_key_value_heads": 2},
+    },
+    "reformer": {
+        "local": {"layer_types": ["local_attention"] * 2, "position_type": "sinusoidal", "local_attn_chunk_length": 5},
+        "lsh": {"layer_types": ["lsh_attention"] * 2, "position_type": "learned", "head_dim": 6, "num_buckets": 6}
+        | {"feed_forward_types": ["gated"] * 2, "attention_bias": True, "num_hashes": 1, "lsh_attn_chunk_length": 70},
     },
     "mixtral": {"sliding": {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9}},
     "hat": {
@@ -241,6 +247,7 @@ ALSO_ENCODERS = {
     "transformer": ("vaswani", "alibi", "t5"),
     "s4": ("bilinear",),
     "longformer": ("wide", "layers", "questions"),
+    "reformer": ("lsh",),
 }  # of the choices of decoders
 ENCODERS += [
     Case(case.row, case.head, f"bidirectional_{name}", VARIANTS[case.row.name][name])
@@ -253,14 +260,16 @@ ENCODERS += [
 
 @contextlib.contextmanager
 def held_choices():
-    """Each router chooses the experts that it chose first for as many tokens: a choice that a rounding error turns says
-    nothing of precision."""
-    held, choose = {}, TopKRouter.choose
+    """Each router chooses the experts, and each hash the buckets, that it chose first for as many tokens: a choice that
+    a rounding error turns says nothing of precision."""
+    held = {}
 
-    def first_choice(self, scores):
-        return held.setdefault((self, len(scores)), choose(self, scores))
+    def first_of(choose):
+        return lambda self, scores: held.setdefault((self, scores.shape[:-1]), choose(self, scores))
 
-    with patch.object(TopKRouter, "choose", first_choice):
+    with contextlib.ExitStack() as stack:
+        for chooser in (TopKRouter, LSHAttention):
+            stack.enter_context(patch.object(chooser, "choose", first_of(chooser.choose)))
         yield
 
 

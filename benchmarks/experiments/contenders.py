@@ -9,11 +9,13 @@ from torch import nn
 from hf_arch.catalogue import ARCHITECTURES, Architecture
 
 WINDOW = 16  # of the contender that sees nothing else: what it solves needs no memory
+HASHED = {"lsh_attn_chunk_length": 8, "local_attn_chunk_length": 8, "num_buckets": 16}
 CHOICES = {
     "transformer": {
         **{kind: {"position_type": kind} for kind in ("rope", "xpos", "alibi", "none")},
         "window": {"position_type": "rope", "layer_types": "sliding_attention", "sliding_window": WINDOW},
-    }
+    },
+    "reformer": {f"{rounds}_rounds": HASHED | {"num_hashes": rounds} for rounds in (1, 4)},
 }
 
 

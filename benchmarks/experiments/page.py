@@ -5,11 +5,20 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.experiments import context, duplication, evaluation_speed, induction, passkey, recall, selective_copying
+from benchmarks.experiments import (
+    context,
+    duplication,
+    evaluation_speed,
+    hash_rounds,
+    induction,
+    passkey,
+    recall,
+    selective_copying,
+)
 from benchmarks.experiments.experiment import RESULTS, Experiment, load
 
 EXPERIMENTS = tuple(
-    module.EXPERIMENT for module in (induction, recall, duplication, selective_copying, passkey, context)
+    module.EXPERIMENT for module in (induction, recall, duplication, hash_rounds, selective_copying, passkey, context)
 )
 PAGE = Path(__file__).parents[1] / "EXPERIMENTS.md"
 INTRODUCTION = """# Experiments

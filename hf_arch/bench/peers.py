@@ -34,6 +34,9 @@ MAMBA2 = {"config": "Mamba2Config", "model": "Mamba2ForCausalLM", "fields": {"n_
 RWKV4 = {"config": "RwkvConfig", "model": "RwkvForCausalLM"}
 LLAMA = {"config": "LlamaConfig", "model": "LlamaForCausalLM"}
 MIXTRAL = {"config": "MixtralConfig", "model": "MixtralForCausalLM"}
+# Without dropout, as ours; with as many buckets as ours
+REFORMER = {"axial_pos_embds": False, "num_buckets": 64}
+REFORMER |= {"hidden_dropout_prob": 0.0, "local_attention_probs_dropout_prob": 0.0}
 # Its default, and the loop over experts; its batched products copy the weights of an expert for each token that takes
 # it, which is bearable for few tokens
 EXPERTS = {name: {"fields": {"experts_implementation": name}} for name in ("grouped_mm", "eager", "batched_mm")}
@@ -44,6 +47,7 @@ T5 = {"config": "T5Config", "model": "T5EncoderModel", "fields": {"feed_forward_
 PEERS = (
     Peer("llama", "transformer", "hugging_face:Transformers", LLAMA),
     Peer("llama_static", "transformer", "hugging_face:StaticTransformers", LLAMA, measures=DECODE),
+    Peer("reformer_transformers", "reformer", "hugging_face:Reformer", {"fields": REFORMER}),
     Peer("mixtral_grouped_mm", "mixtral", "hugging_face:Transformers", MIXTRAL | EXPERTS["grouped_mm"]),
     Peer("mixtral_eager", "mixtral", "hugging_face:Transformers", MIXTRAL | EXPERTS["eager"]),
     Peer(

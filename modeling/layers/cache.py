@@ -179,6 +179,8 @@ RECURRENT = (
     "causal_window_attention",
     "h3",
     "hyena",
+    "local_attention",
+    "lsh_attention",
     "modal_hyena",
     "retention",
     "rwkv4",

@@ -2,6 +2,9 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+# Numbers inside a feed-forward at once, with and without a backward pass, to which each chunk is more work
+INSIDE_AT_ONCE = {True: 2**22, False: 2**19}
+
 
 class MLP(nn.Module):
     """down(act(up(x)))."""
@@ -14,6 +17,17 @@ class MLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class ChunkedMLP(MLP):
+    """The same a part of the tokens at a time, so that what is inside is never as long as the text (Kitaev et al.,
+    2020, arXiv:2001.04451, section 3)."""
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        inside = len(hidden_states) * self.up_proj.out_features
+        tokens = max(1, INSIDE_AT_ONCE[torch.is_grad_enabled()] // inside)
+        forward = super().forward
+        return torch.cat([forward(part) for part in hidden_states.split(tokens, dim=1)], dim=1)
 
 
 class GatedMLP(MLP):

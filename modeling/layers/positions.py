@@ -134,6 +134,14 @@ class SinusoidalPositions(NoPositions):
         return hidden_states * size**0.5 + waves.to(hidden_states.dtype), Plain()
 
 
+def check_known(position_ids: torch.Tensor, known: int) -> None:
+    if position_ids.device.type == "cpu" and not torch.compiler.is_compiling() and position_ids.max() >= known:
+        raise ValueError(
+            f"Position {int(position_ids.max())} is past the {known} learned positions (max_position_embeddings): "
+            "shorten the text, or use positions that need no table (rope, alibi, t5, sinusoidal)."
+        )
+
+
 class LearnedPositions(NoPositions):
     """x + a learned vector per position, for positions below `max_position_embeddings`."""
 
@@ -142,13 +150,24 @@ class LearnedPositions(NoPositions):
         self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, hidden_states, position_ids):
-        known = self.embed_positions.num_embeddings
-        if position_ids.device.type == "cpu" and not torch.compiler.is_compiling() and position_ids.max() >= known:
-            raise ValueError(
-                f"Position {int(position_ids.max())} is past the {known} learned positions (max_position_embeddings): "
-                "shorten the text, or use positions that need no table (rope, alibi, t5, sinusoidal)."
-            )
+        check_known(position_ids, self.embed_positions.num_embeddings)
         return hidden_states + self.embed_positions(position_ids), Plain()
+
+
+class AxialPositions(NoPositions):
+    """x + a learned vector per position, in two parts: positions are written into a grid, line by line, and a part
+    tells the line, another the column (Kitaev et al., 2020, arXiv:2001.04451)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        rows, self.columns = config.axial_pos_shape
+        of_row, of_column = config.axial_pos_embds_dim
+        self.embed_rows, self.embed_columns = nn.Embedding(rows, of_row), nn.Embedding(self.columns, of_column)
+
+    def forward(self, hidden_states, position_ids):
+        check_known(position_ids, self.embed_rows.num_embeddings * self.columns)
+        parts = self.embed_rows(position_ids // self.columns), self.embed_columns(position_ids % self.columns)
+        return hidden_states + torch.cat(parts, dim=-1), Plain()
 
 
 class RotaryEmbedding(LlamaRotaryEmbedding):

@@ -88,7 +88,8 @@ class Backbone(ArchPreTrainedModel):
         self.kinds = {kind: config.layer_types.index(kind) for kind in dict.fromkeys(config.layer_types)}
         firsts = [config.layer_groups.index(group) for group in sorted(set(config.layer_groups))]
         self.layers = nn.ModuleList(self.make_layer(layer_idx) for layer_idx in firsts)
-        self.norm = self.make_norm() if self.residual.final_norm else nn.Identity()
+        final = self.norm_class(config.output_size, config.norm_eps)
+        self.norm = final if self.residual.final_norm else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
         self.own_weights = frozenset(name for name, _ in self.named_parameters())  # those of adapters come later
@@ -165,7 +166,7 @@ class Backbone(ArchPreTrainedModel):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        hidden_states = self.norm(self.residual.leave(stream))
+        hidden_states = self.norm(self.residual.leave(stream).to(hidden_states.dtype))
         return MoeModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
     def make_cache(self) -> Cache:

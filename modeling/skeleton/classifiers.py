@@ -37,7 +37,7 @@ class FirstToken(nn.Module):
 
     def __init__(self, config: ArchConfig):
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = nn.Linear(config.output_size, config.output_size)
 
     def forward(self, outputs: ModelOutput, real: torch.Tensor | None) -> torch.Tensor:
         hidden_states = outputs.last_hidden_state
@@ -61,7 +61,7 @@ class TextHead(Head):
     def add_scores(self, config: ArchConfig, count: int, bias: bool = True) -> None:
         self.pooler = self.poolers[config.pooling](config)
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.score = nn.Linear(config.hidden_size, count, bias=bias)
+        self.score = nn.Linear(config.output_size, count, bias=bias)
 
     def scores(self, outputs: ModelOutput, input_ids, attention_mask) -> torch.Tensor:
         """[batch, scores]"""
@@ -144,7 +144,7 @@ class TokenClassification(Head):
     def add_head(self, config):
         self.num_labels = config.num_labels
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.score = nn.Linear(config.output_size, config.num_labels)
 
     @can_return_tuple
     def forward(
@@ -171,7 +171,7 @@ class QuestionAnswering(Head):
     """A head that finds where an answer starts and ends."""
 
     def add_head(self, config):
-        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.qa_outputs = nn.Linear(config.output_size, 2)
 
     @can_return_tuple
     def forward(

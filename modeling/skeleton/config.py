@@ -149,6 +149,11 @@ class ArchConfig(PreTrainedConfig):
         return [pattern[i % len(pattern)] for i in range(self.num_hidden_layers)]
 
     @property
+    def output_size(self) -> int:
+        """The width of what the stack answers, and its heads read."""
+        return self.hidden_size
+
+    @property
     def layer_groups(self) -> list[int]:
         """The set of parameters that each layer uses: its own, unless layers share."""
         return list(range(self.num_hidden_layers))

@@ -49,7 +49,7 @@ class CausalLM(Head, GenerationMixin):
                 "A model that sees the future cannot name the next token: take ForMaskedLM, or a causal one."
             )
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.output_size, config.vocab_size, bias=False)
 
     @can_return_tuple
     def forward(
@@ -179,7 +179,7 @@ class MaskedLMHead(nn.Module):
 
     def __init__(self, config: ArchConfig, norm: nn.Module):
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = nn.Linear(config.output_size, config.hidden_size)
         self.act_fn = ACT2FN[config.hidden_act]
         self.norm = norm
         self.decoder = nn.Linear(config.hidden_size, config.vocab_size)

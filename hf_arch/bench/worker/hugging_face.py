@@ -122,6 +122,24 @@ class GPTNeo(Transformers):
         return super().build(sizes, fields={"attention_types": pairs, "window_size": 256}, **options)
 
 
+class Reformer(Transformers):
+    """Its layers are named one by one, two sizes and its cache have names of their own."""
+
+    def build(self, sizes, fields, **options):
+        layers = [("local", "lsh")[layer % 2] for layer in range(sizes["num_hidden_layers"])]
+        own = {"attn_layers": layers, "feed_forward_size": sizes["intermediate_size"], "is_decoder": True}
+        own["attention_head_size"] = sizes["hidden_size"] // sizes["num_attention_heads"]
+        sizes = {name: size for name, size in sizes.items() if name not in ("num_hidden_layers", "intermediate_size")}
+        names = {"config": "ReformerConfig", "model": "ReformerModelWithLMHead"}
+        return super().build(sizes, fields=fields | own, **names)
+
+    def begin(self, ids, room):
+        return self.model(input_ids=ids, use_cache=True).past_buckets_states
+
+    def step(self, token, memory):
+        return self.model(input_ids=token, past_buckets_states=memory, use_cache=True).past_buckets_states
+
+
 class Encoder(HuggingFace):
     """A model without a head, which learns to answer with zeros."""
 
