@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from hf_arch import ARCHITECTURES, Architecture
+from hf_arch.modeling.layers.centroids import Centroids
 from hf_arch.modeling.layers.experts import TopKRouter
 
 VARIANTS = {
@@ -73,6 +74,10 @@ VARIANTS = {
             "segment_length": 24,
             "memory_length": 7,
         }
+        | {"feed_forward_types": ["gated", "sparse"], "num_local_experts": 4, "mlp_bias": False},
+    },
+    "routing_transformer": {
+        "turned": {"num_local_heads": [0, 4], "routed_norm": "unit", "rotary_routed": True, "attention_bias": True}
         | {"feed_forward_types": ["gated", "sparse"], "num_local_experts": 4, "mlp_bias": False},
     },
     "mixtral": {"sliding": {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9}},
@@ -207,7 +212,11 @@ DECODERS = [
     ),
 ]
 ENCODERS = [Case(row, "ForMaskedLM") for row in ARCHITECTURES if "ForMaskedLM" in row.heads]
-ALSO_ENCODERS = {"transformer": ("vaswani", "alibi", "t5"), "s4": ("bilinear",)}  # of the choices of decoders
+ALSO_ENCODERS = {
+    "transformer": ("vaswani", "alibi", "t5"),
+    "s4": ("bilinear",),
+    "routing_transformer": ("turned",),
+}  # of the choices of decoders
 ENCODERS += [
     Case(case.row, case.head, f"bidirectional_{name}", VARIANTS[case.row.name][name])
     if "ForCausalLM" in case.row.heads
@@ -219,14 +228,16 @@ ENCODERS += [
 
 @contextlib.contextmanager
 def held_choices():
-    """Each router chooses the experts that it chose first for as many tokens: a choice that a rounding error turns says
-    nothing of precision."""
-    held, choose = {}, TopKRouter.choose
+    """Each router chooses the experts, and each head the clusters, that it chose first for as many tokens: a choice
+    that a rounding error turns says nothing of precision."""
+    held, choices = {}, ((TopKRouter, "choose"), (Centroids, "nearest"))
 
-    def first_choice(self, scores):
-        return held.setdefault((self, len(scores)), choose(self, scores))
+    def first(choose):
+        return lambda self, scores: held.setdefault((self, scores.shape), choose(self, scores))
 
-    with patch.object(TopKRouter, "choose", first_choice):
+    with contextlib.ExitStack() as stack:
+        for kind, name in choices:
+            stack.enter_context(patch.object(kind, name, first(getattr(kind, name))))
         yield
 
 

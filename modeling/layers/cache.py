@@ -179,6 +179,7 @@ RECURRENT = (
     "hyena",
     "modal_hyena",
     "retention",
+    "routing",
     "rwkv4",
     "rwkv7",
     "s4",
