@@ -195,7 +195,6 @@ ARCHITECTURES = (
         tiny={"sliding_window": 9, "mixer_options": {"s6": {"state_size": 8}}},
         exceptions={
             "padding does not enter the state": "transformers' cache of a window counts columns, padding included.",
-            "linear cost": "A window is a mask on attention that compares all pairs of tokens.",
             "assisted decoding": "A window forgets what a recurrence would have to read again.",
         },
     ),
@@ -217,6 +216,23 @@ ARCHITECTURES = (
         heads=(*DECODER, "ForMaskedLM"),
         tiny={"num_clusters": 4, "cluster_size": 16, "num_local_heads": 2, "local_window": 12},
         head_fields={"ForMaskedLM": {"direction": "bidirectional"}},
+    ),
+    Architecture(
+        "longformer",
+        "ArchLongformer",
+        family="long_context",
+        title="Longformer",
+        paper="arXiv:2004.05150",
+        heads=(
+            *("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification"),
+            *("ForQuestionAnswering", "ForMultipleChoice", "ForCausalLM"),
+        ),
+        lora_targets=(
+            *("q_proj", "k_proj", "v_proj", "o_proj", "q_global_proj", "k_global_proj", "v_global_proj"),
+            *("up_proj", "down_proj"),
+        ),
+        tiny={"attention_window": 8, "num_global_tokens": 1},
+        head_fields={"ForCausalLM": {"direction": "causal", "num_global_tokens": 2, "tie_word_embeddings": False}},
     ),
     Architecture(
         "mixtral",

@@ -36,6 +36,10 @@ from training_buffer_toy import ToyConfig, ToyForCausalLM, buffers
 
 CASES = [*MODELS, *(case for case in DECODERS if case.variant in ("t5", "shared"))]
 CASES.append(Case(ROWS[0].row, "ForCausalLM", "tied", {"tie_word_embeddings": True, "attention_bias": True}))
+LONGFORMER = next(case.row for case in ROWS if case.row.name == "longformer")
+CASES.append(
+    Case(LONGFORMER, "ForMaskedLM", "no_global_token", {"num_global_tokens": 0})
+)  # for which there are weights
 # The dimension of the weight that each style splits; other styles hook a module and split nothing
 SPLIT = {"colwise": -2, "colwise_gather_output": -2, "packed_colwise": -2, "embedding_rowwise": -2, "rowwise": -1}
 SPLIT |= {"grouped_gemm": 0}

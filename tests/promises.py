@@ -80,6 +80,11 @@ VARIANTS = {
         "turned": {"num_local_heads": [0, 4], "routed_norm": "unit", "rotary_routed": True, "attention_bias": True}
         | {"feed_forward_types": ["gated", "sparse"], "num_local_experts": 4, "mlp_bias": False},
     },
+    "longformer": {
+        "wide": {"attention_window": 200},
+        "layers": {"attention_window": [8, 12], "attention_dilation": [1, 2]},
+        "questions": {"attention_window": 6, "attention_dilation": 3, "num_global_tokens": 5},
+    },
     "mixtral": {"sliding": {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9}},
     "hat": {
         "one_level": {"segment_lengths": [], "layer_types": ["level_0"] * 3},
@@ -97,6 +102,12 @@ VARIANTS = {
     },
 }
 
+
+# Parameters that a head's loss does not rest on, by row and head: their gradient is there, and zero
+LAST_WINDOW = (
+    r"model\.layers\.1\.mixer\.[qkv]_proj\..*"  # the token that speaks for the text is global, and sees past it
+)
+IDLE = {"longformer": dict.fromkeys(("ForSequenceClassification", "ForMultipleChoice"), LAST_WINDOW)}
 
 WINDOWS = {"padding does not enter the state": "transformers' cache of a window counts columns, padding included."}
 EXCEPTIONS = {"sliding": WINDOWS, "sliding_alibi": WINDOWS}
@@ -216,6 +227,7 @@ ALSO_ENCODERS = {
     "transformer": ("vaswani", "alibi", "t5"),
     "s4": ("bilinear",),
     "routing_transformer": ("turned",),
+    "longformer": ("wide", "layers", "questions"),
 }  # of the choices of decoders
 ENCODERS += [
     Case(case.row, case.head, f"bidirectional_{name}", VARIANTS[case.row.name][name])
@@ -256,7 +268,7 @@ def sums(past_key_values) -> list[torch.Tensor]:
     return [
         state
         for name, state in named
-        if not any(kind in name for kind in ("convolution", "shift", "history", "memory"))
+        if not any(kind in name for kind in ("convolution", "shift", "history", "memory", "window"))
     ]
 
 

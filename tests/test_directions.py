@@ -1,5 +1,7 @@
 """Who sees whom: prefixes, windows, encoders."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from laboratory import build
@@ -88,3 +90,25 @@ def test_an_encoder_sees_both_ways(position_type):
     model = build(direction="bidirectional", position_type=position_type)
     for column in (0, 40, 69):
         assert (influence(model, column) > 1e-9).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_window_is_the_same_as_a_band_and_as_a_mask(attention):
+    """Texts up to its length, the bias by distance and recorded weights take a mask; other texts a band."""
+    model = build(layer_types=["sliding_attention"] * 2, sliding_window=9).double()
+    model.set_attn_implementation(attention)
+    tokens = some_tokens()
+    band = model(tokens)[0]
+    with patch.object(type(model.embed_positions), "biased", True):
+        mask = model(tokens)[0]
+    exact = EXACT if attention == "sdpa" else {"atol": 1e-4, "rtol": 1e-4}  # transformers' softmax is in float32
+    torch.testing.assert_close(band, mask, **exact)
+    real = (torch.arange(80) % 8 < 7).expand(2, -1)  # padding between real tokens, of which the window counts none
+    padded = torch.full((2, 80), 5).masked_scatter(real, tokens)
+    found = model(padded, attention_mask=real.long())[0][real].view(2, 70, -1)
+    torch.testing.assert_close(found, band, **EXACT)
+    cached = model(tokens, use_cache=True)
+    torch.testing.assert_close(cached[0], band, **EXACT)
+    step = model(tokens[:, :1], past_key_values=cached.past_key_values)[0]
+    torch.testing.assert_close(step[:, 0], model(torch.cat((tokens, tokens[:, :1]), 1))[0][:, -1], **exact)

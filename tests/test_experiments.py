@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import one_hot
 
-from benchmarks.experiments import context, induction, page, passkey, recall
+from benchmarks.experiments import context, evaluation_speed, induction, page, passkey, recall
 from benchmarks.experiments.contenders import CONTENDERS, chosen
 from benchmarks.experiments.experiment import Experiment, keep, load, main
 from benchmarks.experiments.training import IGNORED, Batch, Schedule, accuracy, answers, train
@@ -216,6 +216,16 @@ def test_each_runs_and_is_recorded(name, tmp_path, capsys):
     text = page.section(experiment, runs)
     assert "| `transformer-alibi` |" in text and "at most 2 steps" in text
     assert capsys.readouterr().out.count("retnet") == 2
+
+
+def test_a_memory_is_quicker_to_evaluate_with(tmp_path, capsys):
+    evaluation_speed.main(["--lengths", "192", "--rounds", "1", "--output", str(tmp_path)])
+    at = evaluation_speed.load(tmp_path)["milliseconds"]["192"]
+    assert at["memory"] < at["window"] / 5
+    assert f"| {at['window']:.0f} | {at['memory']:.2f} |" in evaluation_speed.section(evaluation_speed.load(tmp_path))
+    with pytest.raises(SystemExit):
+        evaluation_speed.main(["--lengths", "100"])
+    assert "more than the 128 tokens" in capsys.readouterr().err
 
 
 def test_mistakes_in_the_command_are_explained(capsys):

@@ -64,11 +64,10 @@ def test_a_compiled_step_is_one_graph(case, half_padded):
 def test_a_prompt_is_read_in_chunks_and_a_cache_goes_on(decoder, tokens):
     expected = decoder.generate(tokens, **GREEDY)
     assert torch.equal(decoder.generate(tokens, **GREEDY, prefill_chunk_size=32), expected)
-    cache = new_cache(decoder)
-    few = GREEDY | {"max_new_tokens": 3}
-    first = decoder.generate(tokens, past_key_values=cache, **few)
-    mask = torch.ones_like(first)  # what was named may be the pad token
-    assert torch.equal(decoder.generate(first, attention_mask=mask, past_key_values=cache, **few), expected)
+    options = GREEDY | {"past_key_values": new_cache(decoder), "max_new_tokens": 3}
+    first = decoder.generate(tokens, **options)
+    real = torch.ones_like(first)  # or an answer that is the padding token would count as padding
+    assert torch.equal(decoder.generate(first, attention_mask=real, **options), expected)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.experiments import context, duplication, induction, passkey, recall, selective_copying
+from benchmarks.experiments import context, duplication, evaluation_speed, induction, passkey, recall, selective_copying
 from benchmarks.experiments.experiment import RESULTS, Experiment, load
 
 EXPERIMENTS = tuple(
@@ -25,9 +25,8 @@ with learning rates that were searched for: what should be compared is who solve
 
 
 def page(folder: Path = RESULTS) -> str:
-    return "\n\n".join(
-        [INTRODUCTION, *(section(experiment, load(experiment.name, folder)) for experiment in EXPERIMENTS)]
-    )
+    trained = [section(experiment, load(experiment.name, folder)) for experiment in EXPERIMENTS]
+    return "\n\n".join([INTRODUCTION, *trained, evaluation_speed.section(evaluation_speed.load(folder))])
 
 
 def section(experiment: Experiment, runs: Sequence[dict]) -> str:

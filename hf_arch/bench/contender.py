@@ -97,5 +97,5 @@ def start(row: Architecture, peers: Sequence[Peer], settings: Settings, workers:
 
 
 def head_of(row: Architecture) -> str | None:
-    """The head that makes the row a language model, if it has one; of an encoder-decoder, its encoder."""
-    return next((head for head in ("ForCausalLM", "ForMaskedLM", "EncoderModel") if head in row.heads), None)
+    """The first head that makes the row a language model, if it has one; of an encoder-decoder, its encoder."""
+    return next((head for head in row.heads if head in ("ForCausalLM", "ForMaskedLM", "EncoderModel")), None)

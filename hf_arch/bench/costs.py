@@ -17,6 +17,7 @@ from hf_arch.modeling.layers.attention import Attention
 from hf_arch.modeling.layers.experts import SparseFeedForward
 from hf_arch.modeling.layers.feed_forward import MLP
 from hf_arch.modeling.layers.mixer import Mixer
+from hf_arch.modeling.long_context.longformer.modeling_longformer import WindowAttention
 from hf_arch.modeling.long_context.transformer_xl.modeling_transformer_xl import SegmentRecurrence
 from hf_arch.modeling.ops.segment_rows import Window
 from hf_arch.modeling.skeleton.backbone import Backbone
@@ -125,6 +126,19 @@ def attention(module: Attention, span: Span) -> Cost:
         operations=4 * pairs * size,
         exponentials=pairs * heads,
         numbers=keys * (module.k_proj.out_features + module.v_proj.out_features),
+    )
+
+
+@cost.register
+def window(module: WindowAttention, span: Span) -> Cost:
+    """No token is global: the projections of global tokens read none."""
+    reach, step = module.band[0] // 2, module.band[1]
+    columns = range(span.tokens)
+    near = (min(column // step, reach) + min((span.tokens - 1 - column) // step, reach) + 1 for column in columns)
+    pairs, used = sum(near), (module.q_proj, module.k_proj, module.v_proj, module.o_proj)
+    heads = module.q_proj.out_features // module.head_dim
+    return sum((linear(projection, span) for projection in used), Cost()) + Cost(
+        operations=4 * pairs * module.q_proj.out_features, exponentials=pairs * heads
     )
 
 

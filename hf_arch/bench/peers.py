@@ -37,6 +37,7 @@ MIXTRAL = {"config": "MixtralConfig", "model": "MixtralForCausalLM"}
 # Its default, and the loop over experts; its batched products copy the weights of an expert for each token that takes
 # it, which is bearable for few tokens
 EXPERTS = {name: {"fields": {"experts_implementation": name}} for name in ("grouped_mm", "eager", "batched_mm")}
+LONGFORMER = {"config": "LongformerConfig", "model": "LongformerForMaskedLM", "padding_rows": 2}
 T5 = {"config": "T5Config", "model": "T5EncoderModel", "fields": {"feed_forward_proj": "gated-gelu"}}
 
 PEERS = (
@@ -51,13 +52,8 @@ PEERS = (
         MIXTRAL | EXPERTS["batched_mm"],
         measures=DECODE,
     ),
-    Peer(
-        "longformer",
-        "hat",
-        "hugging_face:Transformers",
-        {"config": "LongformerConfig", "model": "LongformerForMaskedLM", "padding_rows": 2},
-        measures=FORWARD,
-    ),
+    Peer("longformer", "hat", "hugging_face:Transformers", LONGFORMER, measures=FORWARD),
+    Peer("longformer_chunks", "longformer", "hugging_face:Transformers", LONGFORMER, measures=FORWARD),
     Peer("t5_encoder", "encoder_decoder", "hugging_face:T5Encoder", T5, measures=FORWARD),
     Peer("mamba", "s6", "hugging_face:Mamba", MAMBA, measures=("forward", *DECODE)),  # its backward is quadratic
     Peer(

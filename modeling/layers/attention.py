@@ -6,6 +6,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from ..ops.banded_attention import Band, banded_attention, fused, written_out
 from .mixer import Mixer
 from .record import AttentionWeights, CrossAttentionWeights
 
@@ -72,6 +73,20 @@ class Attention(Mixer):
             sliding_window=self.sliding_window,
             **kwargs,
         )
+
+
+class SlidingAttention(Attention):
+    """Attention to the last `sliding_window` tokens. Where the mask is a band, as it is for texts longer than that of
+    which nothing is cached, only those are compared."""
+
+    def attend(self, query, key, value, attention_mask, **kwargs):
+        if not isinstance(attention_mask, Band):
+            return super().attend(query, key, value, attention_mask, **kwargs)
+        tokens = (x.transpose(1, 2) for x in (query, key, value))
+        dropout = self.attention_dropout if self.training else 0.0
+        kernel = written_out if self.config._attn_implementation == "eager" else fused
+        output, _ = banded_attention(*tokens, attention_mask, scale=self.scaling, dropout=dropout, kernel=kernel)
+        return output, None
 
 
 class BidirectionalAttention(Attention):

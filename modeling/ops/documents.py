@@ -29,6 +29,14 @@ def document_pieces(documents: torch.Tensor, size: int) -> Iterator[torch.Tensor
         yield None if (piece == 1).all() else piece
 
 
+def first_of_documents(documents: torch.Tensor, count: int) -> torch.Tensor:
+    """[batch, length] whether a token is among the first `count` of its document."""
+    real, number = documents > 0, documents.cummax(1).values
+    place = real.cumsum(1)
+    begins = number.diff(dim=1, prepend=torch.zeros_like(number[:, :1])) > 0
+    return real & (place - (place * begins).cummax(1).values < count)
+
+
 class Unpacked(NamedTuple):
     """Documents as rows of their own: where the real tokens of a packed batch went."""
 

@@ -184,6 +184,7 @@ class Backbone(ArchPreTrainedModel):
         first = {kind: self.config.layer_types.index(kind) for kind in dict.fromkeys(self.config.layer_types)}
         for kind, layer_idx in first.items():
             given = {"config": self.config, "inputs_embeds": inputs_embeds, "layer_idx": layer_idx}
+            given["biased"] = self.embed_positions.biased
             masks[kind] = makers[kind](**given, **told, **context)
         if self.embed_positions.biased and not all_straight(inputs_embeds, **told):
             for kind, layer_idx in first.items():

@@ -1,5 +1,8 @@
 """A backbone and a head that names tokens."""
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import ClassVar, Unpack
 
 import torch
@@ -223,6 +226,21 @@ class MaskedLM(Head):
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+
+
+def also_named(forward: Callable, *names: str) -> Callable:
+    """The forward of a head, which hands over to the backbone what it does not know, with further inputs named: the
+    Trainer hands over what is named, and nothing else."""
+
+    @functools.wraps(forward)
+    def call(self, *args, **kwargs):
+        return forward(self, *args, **kwargs)
+
+    known = inspect.signature(forward)
+    *given, rest = known.parameters.values()
+    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
+    call.__signature__ = known.replace(parameters=[*given, *added, rest])
+    return call
 
 
 def check_labels(labels: torch.Tensor | None, hidden_states: torch.Tensor) -> None:

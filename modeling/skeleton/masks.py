@@ -7,6 +7,7 @@ from transformers import masking_utils
 from transformers.utils.import_utils import is_tracing
 
 from ..layers.cache import RECURRENT
+from ..ops.banded_attention import make_band
 
 
 def number_documents(config, inputs_embeds, attention_mask=None, past_key_values=None, position_ids=None, **kwargs):
@@ -72,6 +73,26 @@ def causal(make_mask: Callable) -> Callable:
     return make
 
 
+def sliding(config, inputs_embeds, attention_mask=None, past_key_values=None, position_ids=None, **kwargs):
+    """The last `sliding_window` tokens, counted as real ones: a band where it saves work and no one asks to see more.
+
+    Not for a bias by distance (`biased`), for weights of all pairs, for a cache of fixed addresses, or after what is
+    cached, of which no more than the window is left: these take a mask of all pairs.
+    """
+    fresh = past_key_values is None or not past_key_values.is_compileable and past_key_values.get_seq_length() == 0
+    asked = kwargs.get("output_attentions") or config.output_attentions or kwargs.get("biased")
+    asked = asked or config._attn_implementation not in ("eager", "sdpa")
+    plain = attention_mask is None or attention_mask.ndim == 2
+    told = {"attention_mask": attention_mask, "past_key_values": past_key_values, "position_ids": position_ids}
+    if asked or not fresh or not plain or inputs_embeds.shape[1] <= config.sliding_window:
+        return sliding_mask(config, inputs_embeds, **told, **kwargs)
+    documents = number_documents(config, inputs_embeds, **told)
+    return make_band(inputs_embeds, config.sliding_window - 1, 0, documents=documents)
+
+
+sliding_mask = causal(masking_utils.create_sliding_window_causal_mask)
+
+
 def bidirectional(config, inputs_embeds, attention_mask=None, past_key_values=None, position_ids=None, **kwargs):
     """Every real token of a document sees every other."""
     told = {"attention_mask": attention_mask, "past_key_values": past_key_values}
@@ -126,7 +147,7 @@ def all_straight(inputs_embeds, attention_mask=None, past_key_values=None, posit
 
 MASKS: dict[str, Callable] = {
     "full_attention": causal(masking_utils.create_causal_mask),
-    "sliding_attention": causal(masking_utils.create_sliding_window_causal_mask),
+    "sliding_attention": sliding,
     "bidirectional_attention": bidirectional,
     **dict.fromkeys(RECURRENT, number_documents),
 }

@@ -1,7 +1,7 @@
 """The encoder-decoder Transformer (Vaswani et al., 2017, arXiv:1706.03762), as in T5 (Raffel et al., 2020,
 arXiv:1910.10683) and with the choices of later models."""
 
-from ...layers.attention import Attention, BidirectionalAttention, CrossAttention
+from ...layers.attention import Attention, BidirectionalAttention, CrossAttention, SlidingAttention
 from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
 from ...skeleton.laboratory import Laboratory
 from ...skeleton.seq2seq import ConditionalGeneration, EncoderDecoder, EncoderOnly
@@ -15,7 +15,7 @@ class ArchEncoderDecoderEncoder(Laboratory):
 
 class ArchEncoderDecoderDecoder(Laboratory):
     config: ArchEncoderDecoderConfig
-    mixers = {"full_attention": Attention, "sliding_attention": Attention}
+    mixers = {"full_attention": Attention, "sliding_attention": SlidingAttention}
     cross_attention = CrossAttention
 
 

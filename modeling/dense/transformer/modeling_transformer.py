@@ -5,7 +5,7 @@ from typing import Unpack
 import torch
 from transformers.utils import TransformersKwargs
 
-from ...layers.attention import Attention, BidirectionalAttention
+from ...layers.attention import Attention, BidirectionalAttention, SlidingAttention
 from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
 from ...skeleton.heads import CausalLM, MaskedLM
 from ...skeleton.laboratory import Laboratory
@@ -16,7 +16,7 @@ class ArchTransformerModel(Laboratory):
     config: ArchTransformerConfig
     mixers = {
         "full_attention": Attention,
-        "sliding_attention": Attention,
+        "sliding_attention": SlidingAttention,
         "bidirectional_attention": BidirectionalAttention,
     }
 

@@ -4,7 +4,6 @@ The original cuts rows at fixed columns, so that padding and segments without a 
 real tokens: nothing rests on how texts are padded or put together, and what is not there costs nothing.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,7 +23,7 @@ from ...ops.documents import EvenlyUnpacked, Unpacked
 from ...skeleton.backbone import Backbone
 from ...skeleton.checks import check_inputs
 from ...skeleton.classifiers import MultipleChoice, SequenceClassification, TokenClassification
-from ...skeleton.heads import MaskedLM
+from ...skeleton.heads import MaskedLM, also_named
 from ...skeleton.masks import number_documents
 from .configuration_hat import ArchHatConfig
 
@@ -164,47 +163,25 @@ def check_segment_inputs(tokens: torch.Tensor, attention_mask, segment_starts: t
         raise ValueError(f"segment_starts are {list(segment_starts.shape)}, but the tokens {list(tokens.shape[:2])}.")
 
 
-def with_segments(forward: Callable) -> Callable:
-    """The forward of a head, naming `segment_starts`: the Trainer hands over what is named, and nothing else."""
-
-    @functools.wraps(forward)
-    def with_segment_starts(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        inputs_embeds=None,
-        labels=None,
-        token_type_ids=None,
-        segment_starts=None,
-        **kwargs,
-    ):
-        given = (input_ids, attention_mask, position_ids, inputs_embeds, labels, token_type_ids)
-        return forward(self, *given, segment_starts=segment_starts, **kwargs)
-
-    del with_segment_starts.__wrapped__  # inspect would name what `forward` takes
-    return with_segment_starts
-
-
 class ArchHatForMaskedLM(MaskedLM):
     config: ArchHatConfig
     backbone = ArchHatModel
-    forward = with_segments(MaskedLM.forward)
+    forward = also_named(MaskedLM.forward, "segment_starts")
 
 
 class ArchHatForSequenceClassification(SequenceClassification):
     config: ArchHatConfig
     backbone = ArchHatModel
-    forward = with_segments(SequenceClassification.forward)
+    forward = also_named(SequenceClassification.forward, "segment_starts")
 
 
 class ArchHatForTokenClassification(TokenClassification):
     config: ArchHatConfig
     backbone = ArchHatModel
-    forward = with_segments(TokenClassification.forward)
+    forward = also_named(TokenClassification.forward, "segment_starts")
 
 
 class ArchHatForMultipleChoice(MultipleChoice):
     config: ArchHatConfig
     backbone = ArchHatModel
-    forward = with_segments(MultipleChoice.forward)
+    forward = also_named(MultipleChoice.forward, "segment_starts")

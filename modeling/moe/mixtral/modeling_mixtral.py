@@ -1,6 +1,6 @@
 """Mixtral (Jiang et al., 2024, arXiv:2401.04088): a decoder whose feed-forwards are sparse mixtures of experts."""
 
-from ...layers.attention import Attention
+from ...layers.attention import Attention, SlidingAttention
 from ...layers.positions import RotaryEmbedding
 from ...skeleton.backbone import Backbone
 from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
@@ -10,7 +10,7 @@ from .configuration_mixtral import ArchMixtralConfig
 
 class ArchMixtralModel(Backbone):
     config: ArchMixtralConfig
-    mixers = {"full_attention": Attention, "sliding_attention": Attention}
+    mixers = {"full_attention": Attention, "sliding_attention": SlidingAttention}
     positions = RotaryEmbedding
 
 

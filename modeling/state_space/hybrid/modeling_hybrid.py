@@ -3,7 +3,7 @@ full attention and with experts, as in Jamba (Lieber et al., 2024, arXiv:2403.19
 
 from collections.abc import Callable
 
-from ...layers.attention import Attention
+from ...layers.attention import Attention, SlidingAttention
 from ...layers.mixer import Mixer
 from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
 from ...skeleton.heads import CausalLM
@@ -30,7 +30,7 @@ def guest(kind: str, mixer: type[Mixer]) -> Callable[[ArchHybridConfig, int], Mi
 
 class ArchHybridModel(Laboratory):
     config: ArchHybridConfig
-    mixers = {"full_attention": Attention, "sliding_attention": Attention} | {
+    mixers = {"full_attention": Attention, "sliding_attention": SlidingAttention} | {
         kind: guest(kind, mixer) for kind, mixer in MIXERS.items()
     }
 

@@ -1,0 +1,120 @@
+"""Causal attention to the last tokens and to the first, whose memory is as large as what it sees."""
+
+import torch
+import torch.nn.functional as F
+
+from ..ops.banded_attention import (
+    banded_attention,
+    dense_weights,
+    fused,
+    make_band,
+    take,
+    visible_in_band,
+    written_out,
+)
+from ..ops.documents import first_of_documents
+from .attention import Attention
+from .cache import RecurrentCacheLayer
+
+
+class CausalWindowAttention(Attention):
+    """Attention to the last tokens of a document, itself included, every so manieth of them, and to its first ones.
+
+    A memory holds those that are yet to be seen: the last `(window - 1) * dilation` real tokens, and the first.
+    """
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        window, self.dilation = (config.of_layer(f"attention_{name}", layer_idx) for name in ("window", "dilation"))
+        self.before, self.first, self.sliding_window = window - 1, config.num_global_tokens, window
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple | None = None,
+        past_key_values=None,
+        layer_idx: int = 0,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        projections = self.q_proj, self.k_proj, self.v_proj
+        query, key, value = (proj(hidden_states).unflatten(-1, (-1, self.head_dim)) for proj in projections)
+        query, key = position_embeddings.rotate(query, key)
+        memory = self.memory(past_key_values, layer_idx)
+        documents = document_numbers(attention_mask, query)
+        if memory is None or memory.read("window_count") is None:
+            landmarks = first_of_documents(documents, self.first) if self.first else None
+            told = (attention_mask, landmarks, self.first if attention_mask is None else None)
+            output, weights = self.see(query, key, value, *told, output_attentions)
+            if memory is not None:
+                last = documents * (documents == documents.amax(1, keepdim=True))
+                self.remember(memory, query.shape[1], last > 0, key, value)
+            return self.answer(output, weights)
+        seen = self.recall(memory, documents > 0, key, value)
+        output = self.go_on(query, *seen)
+        self.remember(memory, query.shape[1], *seen)
+        return self.answer(output, None)
+
+    def see(self, query, key, value, documents, landmarks, count, output_attentions=None):
+        """What the queries see among the keys beside them: ([batch, length, heads, dim], weights or None)."""
+        band = make_band(query[..., 0, 0], self.before, 0, self.dilation, documents, landmarks, count)
+        kernel = written_out if self.config._attn_implementation == "eager" else fused
+        output, weights = banded_attention(query, key, value, band, kernel=kernel, **self.options())
+        return output, dense_weights(weights, band) if output_attentions and weights is not None else None
+
+    def options(self) -> dict:
+        return {"scale": self.scaling, "dropout": self.attention_dropout if self.training else 0.0}
+
+    def go_on(self, query: torch.Tensor, real: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """The same where the queries are the last of the keys; `real` [batch, keys]."""
+        documents, missing = real.long(), key.shape[1] - query.shape[1]
+        landmarks = first_of_documents(documents, self.first)
+        if query.shape[1] > missing:
+            query = F.pad(query, (0, 0, 0, 0, missing, 0))
+            return self.see(query, key, value, documents, landmarks, self.first)[0][:, missing:]
+        seen = visible_in_band(documents, self.before, 0, self.dilation, landmarks, query.shape[1])
+        mask = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill_(~seen, -torch.inf)
+        groups = query.shape[2] // key.shape[2]
+        key, value = (x.repeat_interleave(groups, dim=2) for x in (key, value))
+        kernel = written_out if self.config._attn_implementation == "eager" else fused
+        output, _ = kernel(*(x.transpose(1, 2) for x in (query, key, value)), mask[:, None], **self.options())
+        return output.transpose(1, 2)
+
+    def recall(self, memory: RecurrentCacheLayer, real: torch.Tensor, key: torch.Tensor, value: torch.Tensor):
+        """(which are there [batch, keys], keys, values) of the first tokens, the last, and the new ones."""
+        count = memory.read("window_count")[:, None]
+        first = torch.arange(self.first, device=key.device)
+        place = count - self.before * self.dilation + torch.arange(self.before * self.dilation, device=key.device)
+        there = torch.cat((first < count, place >= self.first, real), dim=1)
+        held = (
+            torch.cat([memory.read(f"window_{part}{name}").to(new.dtype) for part in ("first_", "")] + [new], dim=1)
+            for name, new in (("keys", key), ("values", value))
+        )
+        return there, *held
+
+    def remember(
+        self, memory: RecurrentCacheLayer, new_tokens: int, real: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> None:
+        """Write what later tokens see of these, the real ones among which are those of the document so far."""
+        reach = self.before * self.dilation
+        order = (~real).long().sort(dim=1, stable=True).indices
+        count = real.sum(1, keepdim=True)
+        columns = torch.arange(self.first + reach, device=key.device).expand(len(real), -1)
+        columns = torch.where(columns < self.first, columns, columns - self.first - reach + count)
+        there = (columns >= 0) & (columns < count)
+        columns = order.gather(1, columns.clamp(0, real.shape[1] - 1))
+        states = {}
+        for name, x in (("keys", key), ("values", value)):
+            held = take(x, columns) * there[..., None, None]
+            states[f"window_first_{name}"], states[f"window_{name}"] = held.split((self.first, reach), dim=1)
+        read = memory.read("window_count")
+        seen = real[:, -new_tokens:].sum(1)
+        memory.write(new_tokens, window_count=seen if read is None else read + seen, **states)
+
+
+def document_numbers(documents: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """[batch, length] also where all are of one document."""
+    if documents is None:
+        return torch.ones(like.shape[:2], dtype=torch.long, device=like.device)
+    return documents
