@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from hf_arch.modeling.ops import dispatch
+from hf_arch.modeling.ops.bucketed_attention import bucketed_attention, recurrent_bucketed_attention
 from hf_arch.modeling.ops.convolution import causal_convolution, chunk_convolution, recurrent_convolution
 from hf_arch.modeling.ops.decayed_attention import chunk_decayed_attention, recurrent_decayed_attention
 from hf_arch.modeling.ops.delta_rule import chunk_delta_rule, recurrent_delta_rule
@@ -69,7 +70,30 @@ def of_pairs(form: Callable) -> Callable:
     return call
 
 
+def of_buckets(form: Callable) -> Callable:
+    """Attention in blocks of 4 within 3 buckets, by two rounds: a bucket is the greatest of three numbers. The state as
+    one tensor, with the numbers of tokens beside what was remembered of them."""
+
+    def call(query, key, value, signs, initial_state=None, **options):
+        if initial_state is not None:
+            count = (initial_state[..., 0, -1].abs() * 9).round().long()
+            held = torch.arange(8) < count[..., None]
+            initial_state = initial_state[..., :-1] * held[..., None], count
+        told = {"num_buckets": 3, "block": 4, "sees_itself": False, "initial_state": initial_state}
+        output, (store, count) = form(query, key, value, signs.argmax(-1), **told, **options)
+        output = output + 0 * signs.sum()  # a choice has no gradient
+        return output, torch.cat((store, count[..., None, None].expand(*store.shape[:-1], 1) / 9), dim=-1)
+
+    return call
+
+
 OPS = {
+    "bucketed_attention": Op(
+        of_buckets(recurrent_bucketed_attention),
+        of_buckets(bucketed_attention),
+        ((3, 6), (3, 6), (3, 5), (3, 2, 3)),
+        (3, 2, 3, 8, 12),
+    ),
     "diagonal_state_space": Op(
         of_numbers(recurrent_diagonal_state_space),
         of_numbers(chunk_diagonal_state_space),

@@ -1,0 +1,25 @@
+"""How a mixer attends within buckets, and what it remembers of them."""
+
+import torch
+
+from ..ops.bucketed_attention import bucketed_attention, recurrent_bucketed_attention
+from .cache import RecurrentCacheLayer
+
+
+def attend_in_buckets(
+    memory: RecurrentCacheLayer | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    buckets: torch.Tensor,
+    **options,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The op of `ops/bucketed_attention.py` where the memory says that it stopped: its definition for a single step,
+    else its parallel form. The output [batch, length, heads, dim], and what the memory should write, {} where there is
+    none."""
+    names = "history_of_buckets", "history_count"
+    state = None if memory is None or memory.read(names[0]) is None else tuple(map(memory.read, names))
+    form = recurrent_bucketed_attention if state is not None and query.shape[1] == 1 else bucketed_attention
+    told = {"initial_state": state, "output_final_state": memory is not None}
+    output, state = form(query, key, value, buckets, **told, **options)
+    return output, {} if memory is None else dict(zip(names, state, strict=True))

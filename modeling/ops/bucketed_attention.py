@@ -1,0 +1,274 @@
+"""Causal attention within buckets: of locality-sensitive hashing (Reformer, arXiv:2001.04451) or of nearest centroids
+(Routing Transformer, arXiv:2003.05997).
+
+The tokens of a document that share a bucket are ranked by their arrival, and the ranks cut into blocks. A token sees
+those of its bucket that are not after it, in its own block and in the block before. So the future changes nothing, and
+what a bucket has to remember is two blocks. In several rounds a token has a bucket for each, and what it sees in n of
+them counts n times. Where `sees_itself` is false, it sees itself only if it sees no other.
+
+Shapes: query, key [batch, length, heads, dim], value [batch, length, heads, value_dim]; buckets [batch, length, heads
+or 1, rounds], whole numbers below `num_buckets`; documents [batch, length] as in `documents.py`. A state is a store of
+keys and values side by side, [batch, heads, rounds, num_buckets, 2 * block, dim + value_dim], in which a token has the
+place of its rank modulo 2 * block, and how many came so far, [batch, heads or 1, rounds, num_buckets]; an initial state
+belongs to document 1. Scores are taken as they come: queries are scaled before.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from .documents import document_runs
+
+CHUNK = 64  # queries that are handled side by side
+ITSELF = -1e5  # added to a token's score of itself where it should see others
+HIDDEN = -1e30  # in the place of a score: a row of nothing else is an answer that nobody reads
+
+State = tuple[torch.Tensor, torch.Tensor]
+
+
+def reach_of(rank: torch.Tensor, block: int) -> torch.Tensor:
+    """How many tokens before it in its bucket a token of this rank sees."""
+    return torch.minimum(rank, block + rank % block)
+
+
+def recurrent_bucketed_attention(
+    query,
+    key,
+    value,
+    buckets,
+    *,
+    num_buckets,
+    block,
+    sees_itself=True,
+    documents=None,
+    initial_state=None,
+    output_final_state=False,
+):
+    """The definition above, one step at a time. The reference for tests, and the decoding step."""
+    if initial_state is None:
+        initial_state = empty_state(key, value, buckets, num_buckets, block)
+    store, count = initial_state
+    if documents is not None:
+        real, document = document_runs(documents, query)
+        starts = document.diff(dim=1, prepend=torch.ones_like(document[:, :1])) != 0
+    place = torch.arange(2 * block, device=query.device)
+    tokens, outputs = torch.cat((key, value), dim=-1).to(store.dtype), []
+    for t in range(query.shape[1]):
+        if documents is not None:
+            store, count = (x.masked_fill(starts[:, t].view(-1, *(1,) * (x.ndim - 1)), 0) for x in (store, count))
+        bucket = buckets[:, t, :, :, None]
+        rank = count.gather(-1, bucket)
+        age = (rank - place) % (2 * block)  # of what is in each place of the bucket, 0 for the token itself
+        where = bucket[..., None, None].expand(-1, store.shape[1], -1, -1, *store.shape[-2:])
+        held = torch.where((age == 0)[..., None], tokens[:, t, :, None, None], store.gather(3, where)[:, :, :, 0])
+        keys, values = held.split((key.shape[-1], value.shape[-1]), dim=-1)
+        scores = (keys @ query[:, t, :, None, :, None].to(keys.dtype)).squeeze(-1)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        scores = scores.masked_fill(age > reach_of(rank, block), HIDDEN)
+        if not sees_itself:
+            scores = scores + ITSELF * (age == 0)
+        weights = scores.flatten(2).softmax(-1).view(scores.shape).to(values.dtype)
+        outputs.append((weights[..., None, :] @ values).sum(2).squeeze(2))
+        after, counted = store.scatter(3, where, held[:, :, :, None]), count.scatter_add(-1, bucket, rank * 0 + 1)
+        if documents is not None:
+            store, count = (
+                torch.where(real[:, t].view(-1, *(1,) * (new.ndim - 1)), new, old)
+                for new, old in ((after, store), (counted, count))
+            )
+        else:
+            store, count = after, counted
+    return torch.stack(outputs, dim=1).to(value.dtype), (store, count) if output_final_state else None
+
+
+def empty_state(key, value, buckets, num_buckets: int, block: int) -> State:
+    batch, _, heads, dim = key.shape
+    rounds = buckets.shape[3]
+    store = key.new_zeros(batch, heads, rounds, num_buckets, 2 * block, dim + value.shape[-1])
+    return store, buckets.new_zeros(batch, buckets.shape[2], rounds, num_buckets)
+
+
+class Order(NamedTuple):
+    """Tokens by document, by bucket, by arrival; [batch, heads or 1, rounds, length] each."""
+
+    column: torch.Tensor
+    bucket: torch.Tensor
+    rank: torch.Tensor  # in its bucket
+    last: torch.Tensor  # whether it is of the last document of its row
+
+
+def bucketed_attention(
+    query,
+    key,
+    value,
+    buckets,
+    *,
+    num_buckets,
+    block,
+    sees_itself=True,
+    documents=None,
+    initial_state=None,
+    output_final_state=False,
+):
+    """The same answer in parallel. Sorted tokens attend in chunks, to their own chunk and to those before that the two
+    blocks may reach into: the work is linear in the length, and the same for any number of buckets."""
+    length, (heads, rounds) = query.shape[1], (query.shape[2], buckets.shape[3])
+    numbers, last = document_and_bucket(buckets, documents, num_buckets)
+    base = None
+    if initial_state is not None:
+        query, key, value, numbers, base = after_state(query, key, value, numbers, initial_state, num_buckets, block)
+    order = in_order(numbers, last, num_buckets, base)
+    output, normalizer = attend_in_chunks(query, key, value, order, block, sees_itself)
+    if initial_state is not None:
+        output, normalizer = (x[:, -length:].view(len(x), length, heads, rounds, -1) for x in (output, normalizer))
+    output = output.squeeze(3) if rounds == 1 else (output * normalizer.softmax(3).to(output.dtype)).sum(3)
+    if not output_final_state:
+        return output, None
+    store, count = state_of(key, value, order, num_buckets, block)
+    if initial_state is not None:
+        store, count = (x.squeeze(2).unflatten(1, (-1, rounds)) for x in (store, count))
+    return output, (store, count[:, : buckets.shape[2]])
+
+
+def document_and_bucket(
+    buckets: torch.Tensor, documents: torch.Tensor | None, num_buckets: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers [batch, heads or 1, rounds, length] that are equal for tokens of one document and bucket, greater for
+    later documents, greatest for padding; and the last document of each row."""
+    buckets = buckets.permute(0, 2, 3, 1)
+    if documents is None:
+        return buckets + num_buckets, buckets.new_ones(len(buckets), 1, 1, 1)
+    last = documents.amax(1).clamp(min=1)[:, None, None, None]
+    documents = documents.masked_fill(documents == 0, documents.shape[1] + 1)
+    return buckets + num_buckets * documents[:, None, None], last
+
+
+def after_state(query, key, value, numbers, state: State, num_buckets: int, block: int):
+    """The tokens of a state, the oldest of a bucket first, and then the new ones; with a head for each round, since
+    rounds remember different tokens. Also how many tokens of each bucket the state has forgotten."""
+    store, count = state
+    heads, rounds = store.shape[1:3]
+    room = torch.arange(2 * block, device=query.device)
+    place = ((count[..., None] + room) % (2 * block))[..., None].expand(-1, heads, -1, -1, -1, store.shape[-1])
+    held = store.gather(4, place).flatten(3, 4).flatten(1, 2).transpose(1, 2)  # [batch, places, heads * rounds, dims]
+    bucket = torch.arange(num_buckets, device=query.device)[:, None]
+    there = count[..., None] - 2 * block + room >= 0
+    before = torch.where(there, num_buckets + bucket, numbers.amax() + 1).flatten(3)
+    numbers, base = torch.cat((before, numbers), dim=-1), (count - 2 * block).clamp(min=0)
+    if rounds > 1:
+        numbers, base = (x.expand(-1, heads, -1, -1) for x in (numbers, base))
+    numbers, base = (x.flatten(1, 2)[:, :, None] for x in (numbers, base))
+    query, key, value = (x.repeat_interleave(rounds, dim=2) for x in (query, key, value))
+    keys, values = (x.to(key.dtype) for x in held.split((key.shape[-1], value.shape[-1]), dim=-1))
+    query = F.pad(query, (0, 0, 0, 0, held.shape[1], 0))
+    return query, torch.cat((keys, key), dim=1), torch.cat((values, value), dim=1), numbers, base
+
+
+def in_order(numbers: torch.Tensor, last: torch.Tensor, num_buckets: int, base: torch.Tensor | None) -> Order:
+    numbers, column = numbers.sort(dim=-1, stable=True)
+    document, bucket = numbers // num_buckets, numbers % num_buckets
+    position = torch.arange(numbers.shape[-1], device=numbers.device)
+    starts = F.pad(numbers.diff(dim=-1) != 0, (1, 0), value=True)
+    rank = position - torch.where(starts, position, 0).cummax(dim=-1).values
+    if base is not None:
+        rank = rank + base.gather(-1, bucket) * (document == 1)
+    return Order(column, bucket, rank, document == last)
+
+
+def attend_in_chunks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, order: Order, block: int, sees_itself: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each round answers, [batch, length, heads, rounds, value_dim], and the logarithm of the sum of its weights,
+    [batch, length, heads, rounds, 1]."""
+    (batch, length, heads), rounds = query.shape[:3], order.rank.shape[2]
+    size = min(CHUNK, length)
+    chunks = -(-length // size)
+    back = min(2 * block, (chunks - 1) * size)  # tokens before a chunk that it may see, and one
+    there, home = places(order.column, heads, chunks * size)
+    query, key, value = (x.flatten(0, 2) for x in (query, key, value))
+    query = Rearranged.apply(query, there, home, rounds).unflatten(0, (-1, size))
+    key, value = (Rearranged.apply(x, F.pad(there, (back, 0)), home + back, rounds) for x in (key, value))
+    windows = [x.unfold(0, back + size, size) for x in (key, value)]  # [chunks of all rows, dim, keys]
+
+    near, far = 0 if sees_itself else 1, 2 * block
+    distance = torch.arange(size, device=query.device)[:, None] + back - torch.arange(back + size, device=query.device)
+    distance = distance.masked_fill(distance < near, far)
+    reach = reach_of(order.rank, block)
+    reach = F.pad(reach, (0, chunks * size - length)).unflatten(-1, (chunks, size))[..., None]
+    scores = torch.bmm(query, windows[0]).view(batch, heads, rounds, chunks, size, -1)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill_(distance > reach, HIDDEN)
+    weights, normalizer = WeightsAndNormalizer.apply(scores)
+    output = torch.bmm(weights.flatten(0, 3).to(value.dtype), windows[1].transpose(1, 2)).view(*scores.shape[:5], -1)
+    if not sees_itself:
+        alone = reach == 0
+        output = torch.where(alone, value[back:].view(output.shape), output)
+        normalizer = normalizer.masked_fill(alone, ITSELF)
+    round_ = torch.arange(rounds, device=query.device).repeat(batch * heads).repeat_interleave(chunks * size)
+    back_there = there * rounds + round_
+    return tuple(
+        Rearranged.apply(x.flatten(0, 4), home, back_there, 1).view(batch, length, heads, rounds, -1)
+        for x in (output, normalizer)
+    )
+
+
+def places(column: torch.Tensor, heads: int, padded: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each place of a sorted row [batch, heads, rounds, padded] the token that takes it, and for each token [batch,
+    length, heads, rounds] its place; all flat."""
+    batch, _, rounds, length = column.shape
+    row = torch.arange(batch, device=column.device)[:, None, None, None]
+    head = torch.arange(heads, device=column.device)[:, None, None]
+    there = F.pad((row * length + column) * heads + head, (0, padded - length))
+    position = torch.arange(length, device=column.device).expand_as(column)
+    place = torch.empty_like(column).scatter_(-1, column, position)
+    starts = torch.arange(batch * heads * rounds, device=column.device).view(batch, heads, rounds, 1) * padded
+    return there.flatten(), (place + starts).permute(0, 3, 1, 2).flatten()
+
+
+class Rearranged(torch.autograd.Function):
+    """x [rows, dim] at the rows `there`; `home` says where in the answer the `copies` of each row are."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, there: torch.Tensor, home: torch.Tensor, copies: int) -> torch.Tensor:
+        ctx.save_for_backward(home)
+        ctx.copies = copies
+        return x.index_select(0, there)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        (home,) = ctx.saved_tensors
+        gradient = gradient.index_select(0, home)
+        return gradient if ctx.copies == 1 else gradient.unflatten(0, (-1, ctx.copies)).sum(1), None, None, None
+
+
+class WeightsAndNormalizer(torch.autograd.Function):
+    """softmax(scores), and log(sum(exp(scores))) [..., 1], by which parts of a softmax are joined."""
+
+    @staticmethod
+    def forward(ctx, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights = scores.softmax(-1)
+        ctx.save_for_backward(weights)
+        return weights, scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
+
+    @staticmethod
+    def backward(ctx, of_weights: torch.Tensor, of_normalizer: torch.Tensor) -> torch.Tensor:
+        (weights,) = ctx.saved_tensors
+        shared = (weights * of_weights).sum(-1, keepdim=True) - of_normalizer
+        return (of_weights - shared).mul_(weights)
+
+
+def state_of(key: torch.Tensor, value: torch.Tensor, order: Order, num_buckets: int, block: int) -> State:
+    """What is left after these tokens: of each bucket those of the last document, the last 2 * block."""
+    batch, length, heads = key.shape[:3]
+    count = torch.zeros_like(order.rank[..., :1]).repeat(1, 1, 1, num_buckets)
+    count = count.scatter_reduce(-1, order.bucket, (order.rank + 1) * order.last, "amax")
+    kept = order.last & (order.rank >= count.gather(-1, order.bucket) - 2 * block)
+    place = order.bucket * 2 * block + order.rank % (2 * block)
+    places = num_buckets * 2 * block
+    source = order.column.new_full((*count.shape[:3], places + 1), -1)
+    source = source.scatter_(-1, place.masked_fill(~kept, places), order.column)[..., :-1]
+    row = torch.arange(batch, device=key.device)[:, None, None, None]
+    head = torch.arange(heads, device=key.device)[:, None, None]
+    flat = (row * length + source.clamp(min=0)) * heads + head
+    there = (source >= 0)[..., None].expand(-1, heads, -1, -1, -1)
+    held = torch.cat((key, value), dim=-1).flatten(0, 2).index_select(0, flat.flatten()).view(*there.shape[:4], -1)
+    return (held * there).unflatten(3, (num_buckets, 2 * block)), count
