@@ -74,36 +74,3 @@ def of_members(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     rows, dim = x.transpose(1, 2), x.shape[-1]
     taken = rows.gather(2, index.flatten(2)[..., None].expand(-1, -1, -1, dim))
     return taken.view(*index.shape, dim).flatten(0, 1)
-
-
-def neighbouring_blocks_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    block: int,
-    *,
-    documents: torch.Tensor | None = None,
-    dropout: float = 0.0,
-) -> torch.Tensor:
-    """Each token sees its block, the one before and the one after; blocks are cut from the start of each document. The
-    shapes are the same."""
-    if documents is None:
-        real = torch.ones(1, query.shape[1], dtype=torch.bool, device=query.device)
-        return attend_to_neighbours(query, key, value, real, block, dropout)
-    found = find_documents(documents)
-    rows = attend_to_neighbours(*(found.unpack(x) for x in (query, key, value)), found.real, block, dropout)
-    return found.repack(rows, *documents.shape)
-
-
-def attend_to_neighbours(query, key, value, real: torch.Tensor, block: int, dropout: float) -> torch.Tensor:
-    """The same where each row is a document."""
-    length = query.shape[1]
-    missing, around = -length % block, (block, block + -length % block)
-    query = F.pad(query, (0, 0, 0, 0, 0, missing)).unflatten(1, (-1, block)).transpose(2, 3)
-    key, value = (F.pad(x, (0, 0, 0, 0, *around)).unfold(1, 3 * block, block).transpose(-1, -2) for x in (key, value))
-    shown = F.pad(real, around).unfold(1, 3 * block, block)[:, :, None, None]
-    shown = shown | ~shown.any(-1, keepdim=True)
-    mask = added_mask(shown, query).expand(len(query), -1, -1, -1, -1)
-    tensors = (x.flatten(0, 1) for x in (query, key, value, mask))
-    output = F.scaled_dot_product_attention(*tensors, dropout_p=dropout)
-    return output.transpose(1, 2).reshape(len(query), -1, *output.shape[1::2])[:, :length]

@@ -6,12 +6,13 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
 
-from ...layers.cache import RecurrentCacheLayer
+from ...layers.bucketed import attend_in_buckets
 from ...layers.centroids import Centroids
 from ...layers.mixer import Mixer
 from ...layers.positions import RotaryEmbedding
-from ...ops.bucketed_attention import bucketed_attention, recurrent_bucketed_attention
-from ...ops.clustered_attention import clustered_attention, neighbouring_blocks_attention
+from ...ops.banded_attention import banded_attention, neighbouring_blocks
+from ...ops.clustered_attention import clustered_attention
+from ...ops.documents import find_documents
 from ...skeleton.backbone import Backbone
 from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
 from ...skeleton.heads import CausalLM, MaskedLM
@@ -98,29 +99,16 @@ class Routing(Mixer):
         """What local heads answer, and what the memory should write: all tokens are of one bucket."""
         told = {"num_buckets": 1, "block": self.local_window // 2, "documents": documents}
         one = torch.zeros(*query.shape[:2], 1, 1, dtype=torch.long, device=query.device)
-        return in_buckets("near", memory, query, key, value, one, **told)
+        query = query * self.head_dim**-0.5
+        return attend_in_buckets("near_history", memory, query, key, value, one, **told)
 
     def see_far(self, query, key, towards, towards_of_keys, value, documents, memory):
         """The same of routed heads. Queries are keys, too."""
         nearest = self.centroids.nearest(self.centroids.affinity(towards))
         self.centroids.follow(towards, nearest, documents)
         told = {"num_buckets": self.centroids.value.shape[1], "block": self.cluster_size // 2, "documents": documents}
-        buckets = nearest.transpose(1, 2)[..., None]
-        return in_buckets("far", memory, query, key, value, buckets, sees_itself=False, **told)
-
-
-def in_buckets(
-    name: str, memory: RecurrentCacheLayer | None, query: torch.Tensor, key, value, buckets, **options
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Bucketed attention where the memory says that it stopped: a step by its definition. The output, and what the
-    memory should write, {} where there is none."""
-    names = f"{name}_memory", f"{name}_memory_count"
-    state = None if memory is None or memory.read(names[0]) is None else tuple(memory.read(part) for part in names)
-    form = recurrent_bucketed_attention if state is not None and query.shape[1] == 1 else bucketed_attention
-    query = query * query.shape[-1] ** -0.5
-    told = {"initial_state": state, "output_final_state": memory is not None}
-    output, state = form(query, key, value, buckets, **told, **options)
-    return output, {} if memory is None else dict(zip(names, state, strict=True))
+        query, buckets = query * self.head_dim**-0.5, nearest.transpose(1, 2)[..., None]
+        return attend_in_buckets("far_history", memory, query, key, value, buckets, sees_itself=False, **told)
 
 
 class BidirectionalRouting(Routing):
@@ -135,8 +123,11 @@ class BidirectionalRouting(Routing):
         return self.attention_dropout if self.training else 0.0
 
     def see_near(self, query, key, value, documents, memory):
-        told = {"block": self.local_window // 2, "documents": documents, "dropout": self.dropout}
-        return neighbouring_blocks_attention(query, key, value, **told), {}
+        found = None if documents is None else find_documents(documents)
+        rows = (query, key, value) if found is None else [found.unpack(x) for x in (query, key, value)]
+        band = neighbouring_blocks(rows[0], None if found is None else found.real, self.local_window // 2)
+        output, _ = banded_attention(*rows, band, dropout=self.dropout)
+        return output if found is None else found.repack(output, *documents.shape), {}
 
     def see_far(self, query, key, towards, towards_of_keys, value, documents, memory):
         near = [self.centroids.affinity(x) for x in (towards, towards_of_keys)]
