@@ -41,6 +41,7 @@ def recurrent_bucketed_attention(
     num_buckets,
     block,
     sees_itself=True,
+    dropout=0.0,
     documents=None,
     initial_state=None,
     output_final_state=False,
@@ -68,7 +69,7 @@ def recurrent_bucketed_attention(
         scores = scores.masked_fill(age > reach_of(rank, block), HIDDEN)
         if not sees_itself:
             scores = scores + ITSELF * (age == 0)
-        weights = scores.flatten(2).softmax(-1).view(scores.shape).to(values.dtype)
+        weights = F.dropout(scores.flatten(2).softmax(-1), dropout).view(scores.shape).to(values.dtype)
         outputs.append((weights[..., None, :] @ values).sum(2).squeeze(2))
         after, counted = store.scatter(3, where, held[:, :, :, None]), count.scatter_add(-1, bucket, rank * 0 + 1)
         if documents is not None:
@@ -106,6 +107,7 @@ def bucketed_attention(
     num_buckets,
     block,
     sees_itself=True,
+    dropout=0.0,
     documents=None,
     initial_state=None,
     output_final_state=False,
@@ -118,7 +120,7 @@ def bucketed_attention(
     if initial_state is not None:
         query, key, value, numbers, base = after_state(query, key, value, numbers, initial_state, num_buckets, block)
     order = in_order(numbers, last, num_buckets, base)
-    output, normalizer = attend_in_chunks(query, key, value, order, block, sees_itself)
+    output, normalizer = attend_in_chunks(query, key, value, order, block, sees_itself, dropout, rounds > 1)
     if initial_state is not None:
         output, normalizer = (x[:, -length:].view(len(x), length, heads, rounds, -1) for x in (output, normalizer))
     output = output.squeeze(3) if rounds == 1 else (output * normalizer.softmax(3).to(output.dtype)).sum(3)
@@ -176,10 +178,17 @@ def in_order(numbers: torch.Tensor, last: torch.Tensor, num_buckets: int, base: 
 
 
 def attend_in_chunks(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, order: Order, block: int, sees_itself: bool
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    order: Order,
+    block: int,
+    sees_itself: bool,
+    dropout: float,
+    joins: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What each round answers, [batch, length, heads, rounds, value_dim], and the logarithm of the sum of its weights,
-    [batch, length, heads, rounds, 1]."""
+    [batch, length, heads, rounds, 1], where it `joins` several by it, else zeros."""
     (batch, length, heads), rounds = query.shape[:3], order.rank.shape[2]
     size = min(CHUNK, length)
     chunks = -(-length // size)
@@ -195,20 +204,36 @@ def attend_in_chunks(
     distance = distance.masked_fill(distance < near, far)
     reach = reach_of(order.rank, block)
     reach = F.pad(reach, (0, chunks * size - length)).unflatten(-1, (chunks, size))[..., None]
+    if not joins:
+        hidden = (distance > reach).expand(-1, heads, -1, -1, -1, -1).flatten(0, 3)
+        output = fused(query, *(x.transpose(1, 2) for x in windows), hidden, back, dropout)
+        output = Rearranged.apply(output.flatten(0, 1), home, there, 1).view(batch, length, heads, 1, -1)
+        return output, torch.zeros_like(output[..., :1])
     scores = torch.bmm(query, windows[0]).view(batch, heads, rounds, chunks, size, -1)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill_(distance > reach, HIDDEN)
     weights, normalizer = WeightsAndNormalizer.apply(scores)
+    weights = F.dropout(weights, dropout)
     output = torch.bmm(weights.flatten(0, 3).to(value.dtype), windows[1].transpose(1, 2)).view(*scores.shape[:5], -1)
     if not sees_itself:
         alone = reach == 0
         output = torch.where(alone, value[back:].view(output.shape), output)
         normalizer = normalizer.masked_fill(alone, ITSELF)
-    round_ = torch.arange(rounds, device=query.device).repeat(batch * heads).repeat_interleave(chunks * size)
-    back_there = there * rounds + round_
     return tuple(
-        Rearranged.apply(x.flatten(0, 4), home, back_there, 1).view(batch, length, heads, rounds, -1)
+        Rearranged.apply(x.flatten(0, 4), home, of_rounds(there, rounds, chunks * size), 1).view(
+            batch, length, heads, rounds, -1
+        )
         for x in (output, normalizer)
     )
+
+
+def fused(query, key, value, hidden: torch.Tensor, back: int, dropout: float) -> torch.Tensor:
+    """[chunks, queries or keys, dim] by torch's fused attention. A query from which all is hidden, itself too, which is
+    `back` keys after the first for the first query, sees itself."""
+    alone = hidden.all(-1)
+    mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill_(hidden, -torch.inf)
+    mask.diagonal(back, 1, 2).masked_fill_(alone, 0)
+    tensors = (x[:, None] for x in (query, key, value, mask))
+    return F.scaled_dot_product_attention(*tensors, dropout_p=dropout, scale=1.0)[:, 0]
 
 
 def places(column: torch.Tensor, heads: int, padded: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -222,6 +247,12 @@ def places(column: torch.Tensor, heads: int, padded: int) -> tuple[torch.Tensor,
     place = torch.empty_like(column).scatter_(-1, column, position)
     starts = torch.arange(batch * heads * rounds, device=column.device).view(batch, heads, rounds, 1) * padded
     return there.flatten(), (place + starts).permute(0, 3, 1, 2).flatten()
+
+
+def of_rounds(there: torch.Tensor, rounds: int, padded: int) -> torch.Tensor:
+    """Of the tokens in sorted places, their places among tokens and rounds."""
+    turn = torch.arange(rounds, device=there.device)[:, None].expand(-1, padded).flatten()
+    return (there.unflatten(0, (-1, rounds * padded)) * rounds + turn).flatten()
 
 
 class Rearranged(torch.autograd.Function):
@@ -272,3 +303,32 @@ def state_of(key: torch.Tensor, value: torch.Tensor, order: Order, num_buckets: 
     there = (source >= 0)[..., None].expand(-1, heads, -1, -1, -1)
     held = torch.cat((key, value), dim=-1).flatten(0, 2).index_select(0, flat.flatten()).view(*there.shape[:4], -1)
     return (held * there).unflatten(3, (num_buckets, 2 * block)), count
+
+
+def bucketed_weights(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    buckets: torch.Tensor,
+    *,
+    num_buckets: int,
+    block: int,
+    sees_itself: bool,
+    documents: torch.Tensor | None,
+) -> torch.Tensor:
+    """The weights of all pairs, [batch, heads, length, length]: as many as those of full attention."""
+    numbers, last = document_and_bucket(buckets, documents, num_buckets)
+    order = in_order(numbers, last, num_buckets, None)
+    rank = torch.empty_like(order.rank).scatter(-1, order.column, order.rank) // block
+    apart = rank[..., :, None] - rank[..., None, :]
+    seen = (numbers[..., :, None] == numbers[..., None, :]) & (apart >= 0) & (apart <= 1)
+    return weights_of(query, key, seen.sum(2).tril(), sees_itself)
+
+
+def weights_of(query: torch.Tensor, key: torch.Tensor, seen: torch.Tensor, sees_itself: bool) -> torch.Tensor:
+    """The weights of a query that sees each key `seen` [batch, heads or 1, queries, keys] times."""
+    scores = torch.einsum("bihd,bjhd->bhij", query, key)
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    wide = wide + seen.to(wide.dtype).log()
+    if not sees_itself:
+        wide.diagonal(dim1=-2, dim2=-1).add_(ITSELF)
+    return wide.softmax(-1).to(scores.dtype)
