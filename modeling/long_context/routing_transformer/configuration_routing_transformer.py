@@ -85,7 +85,7 @@ class ArchRoutingTransformerConfig(ArchConfig):
         for name, least in (("num_clusters", 1), ("cluster_size", 2), ("local_window", 2), ("head_dim", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
-        for name in ("cluster_size", "local_window"):
+        for name in ("local_window",) if self.direction == "bidirectional" else ("local_window", "cluster_size"):
             if getattr(self, name) % 2:
                 raise ValueError(f"{name} is {getattr(self, name)}: it is that of two blocks, so it must be even.")
         if not 0 <= self.centroid_decay <= 1:
