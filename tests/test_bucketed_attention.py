@@ -60,6 +60,21 @@ def test_one_bucket_and_a_block_of_all_is_full_attention():
     assert_close(output, expected.transpose(1, 2), **EXACT)
 
 
+@pytest.mark.parametrize("later", [False, True])
+def test_a_few_tokens_of_few_buckets_go_on_where_a_text_stopped(later):
+    *tensors, buckets = some_inputs(40, 9, 2)
+    buckets[:, 30:] = 1
+    documents = (torch.arange(40) > 33).long().expand(2, -1) + 1 if later else None
+    options = {"num_buckets": 9, "block": 3, "documents": documents, "output_final_state": True}
+    expected, last = recurrent_bucketed_attention(*tensors, buckets, **options)
+    options["documents"] = None
+    _, state = bucketed_attention(*(x[:, :30] for x in tensors), buckets[:, :30], **options)
+    options["documents"] = documents[:, 30:] if later else None
+    output, state = bucketed_attention(*(x[:, 30:] for x in tensors), buckets[:, 30:], initial_state=state, **options)
+    assert_close(output, expected[:, 30:], **EXACT)
+    assert_close(state, last, **EXACT)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_answers_are_as_narrow_as_the_values_and_close(dtype):
     *tensors, buckets = some_inputs(130, 3, 2)

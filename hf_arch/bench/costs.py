@@ -155,8 +155,8 @@ def segment_recurrence(module: SegmentRecurrence, span: Span) -> Cost:
 
 @cost.register
 def routing(module: Routing, span: Span) -> Cost:
-    """Local heads see their block and the one before. Of clusters of equal size, which hold what the text has until now,
-    a token sees its block and the one before; it is compared with all centroids."""
+    """A token sees its block and the one before: of local heads, of all tokens; of routed ones, of a cluster, which are
+    taken to be of equal size. It is compared with all centroids."""
     heads, total = module.num_local_heads, projections(module, span)
     parts = [(heads, 1, module.local_window)] if heads else []
     if module.centroids is not None:

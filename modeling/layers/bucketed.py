@@ -7,17 +7,17 @@ from .cache import RecurrentCacheLayer
 
 
 def attend_in_buckets(
-    name: str,
     memory: RecurrentCacheLayer | None,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     buckets: torch.Tensor,
+    name: str = "history",
     **options,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The op of `ops/bucketed_attention.py` where the memory says that it stopped: its definition for a single step,
-    else its parallel form; `name` begins the names of what it holds. The output [batch, length, heads, dim], and what the
-    memory should write, {} where there is none."""
+    else its parallel form; `name` begins the names of what it holds. The output [batch, length, heads, dim], and what
+    the memory should write, {} where there is none."""
     names = f"{name}_of_buckets", f"{name}_count"
     state = None if memory is None or memory.read(names[0]) is None else tuple(map(memory.read, names))
     form = recurrent_bucketed_attention if state is not None and query.shape[1] == 1 else bucketed_attention

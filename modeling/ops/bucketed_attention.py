@@ -18,11 +18,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .arrangement import HIDDEN, ITSELF, Windows, arrangement_by, attend_to_windows, join_rounds, weights_of
 from .documents import document_runs
 
 CHUNK = 64  # queries that are handled side by side
-ITSELF = -1e5  # added to a token's score of itself where it should see others
-HIDDEN = -1e30  # in the place of a score: a row of nothing else is an answer that nobody reads
 
 State = tuple[torch.Tensor, torch.Tensor]
 
@@ -120,10 +119,13 @@ def bucketed_attention(
     if initial_state is not None:
         query, key, value, numbers, base = after_state(query, key, value, numbers, initial_state, num_buckets, block)
     order = in_order(numbers, last, num_buckets, base)
-    output, normalizer = attend_in_chunks(query, key, value, order, block, sees_itself, dropout, rounds > 1)
-    if initial_state is not None:
-        output, normalizer = (x[:, -length:].view(len(x), length, heads, rounds, -1) for x in (output, normalizer))
-    output = output.squeeze(3) if rounds == 1 else (output * normalizer.softmax(3).to(output.dtype)).sum(3)
+    if num_buckets == rounds == 1 and documents is None and initial_state is None:
+        output = attend_in_line(query, key, value, block, sees_itself, dropout)
+    else:
+        answers = attend_in_chunks(query, key, value, order, block, sees_itself, dropout, rounds > 1)
+        if initial_state is not None:
+            answers = (None if x is None else x[:, -length:].view(len(x), length, heads, rounds, -1) for x in answers)
+        output = join_rounds(*answers)
     if not output_final_state:
         return output, None
     store, count = state_of(key, value, order, num_buckets, block)
@@ -155,7 +157,8 @@ def after_state(query, key, value, numbers, state: State, num_buckets: int, bloc
     held = store.gather(4, place).flatten(3, 4).flatten(1, 2).transpose(1, 2)  # [batch, places, heads * rounds, dims]
     bucket = torch.arange(num_buckets, device=query.device)[:, None]
     there = count[..., None] - 2 * block + room >= 0
-    before = torch.where(there, num_buckets + bucket, numbers.amax() + 1).flatten(3)
+    nowhere = (numbers.amax() // num_buckets + 1).clamp(min=2) * num_buckets  # a document after all others
+    before = torch.where(there, num_buckets + bucket, nowhere).flatten(3)
     numbers, base = torch.cat((before, numbers), dim=-1), (count - 2 * block).clamp(min=0)
     if rounds > 1:
         numbers, base = (x.expand(-1, heads, -1, -1) for x in (numbers, base))
@@ -185,106 +188,50 @@ def attend_in_chunks(
     block: int,
     sees_itself: bool,
     dropout: float,
-    joins: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each round answers, [batch, length, heads, rounds, value_dim], and the logarithm of the sum of its weights,
-    [batch, length, heads, rounds, 1], where it `joins` several by it, else zeros."""
-    (batch, length, heads), rounds = query.shape[:3], order.rank.shape[2]
+    joined: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What each round answers, [batch, length, heads, rounds, value_dim], and, where rounds are to be `joined`, the
+    logarithm of the sum of its weights, [batch, length, heads, rounds, 1]."""
+    length, heads = query.shape[1:3]
     size = min(CHUNK, length)
     chunks = -(-length // size)
     back = min(2 * block, (chunks - 1) * size)  # tokens before a chunk that it may see, and one
-    there, home = places(order.column, heads, chunks * size)
-    query, key, value = (x.flatten(0, 2) for x in (query, key, value))
-    query = Rearranged.apply(query, there, home, rounds).unflatten(0, (-1, size))
-    key, value = (Rearranged.apply(x, F.pad(there, (back, 0)), home + back, rounds) for x in (key, value))
-    windows = [x.unfold(0, back + size, size) for x in (key, value)]  # [chunks of all rows, dim, keys]
+    sorted_ = arrangement_by(order.column, heads, chunks * size)
+    query = sorted_.arrange(query).unflatten(0, (-1, size))
+    keys, values = (Windows.apply(sorted_.arrange(x, back), size, back) for x in (key, value))
 
-    near, far = 0 if sees_itself else 1, 2 * block
-    distance = torch.arange(size, device=query.device)[:, None] + back - torch.arange(back + size, device=query.device)
-    distance = distance.masked_fill(distance < near, far)
-    reach = reach_of(order.rank, block)
+    column = torch.arange(back + size, dtype=torch.int32, device=query.device)
+    distance = column[:size, None] + back - column
+    reach = reach_of(order.rank, block).to(torch.int32)
     reach = F.pad(reach, (0, chunks * size - length)).unflatten(-1, (chunks, size))[..., None]
-    if not joins:
-        hidden = (distance > reach).expand(-1, heads, -1, -1, -1, -1).flatten(0, 3)
-        output = fused(query, *(x.transpose(1, 2) for x in windows), hidden, back, dropout)
-        output = Rearranged.apply(output.flatten(0, 1), home, there, 1).view(batch, length, heads, 1, -1)
-        return output, torch.zeros_like(output[..., :1])
-    scores = torch.bmm(query, windows[0]).view(batch, heads, rounds, chunks, size, -1)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill_(distance > reach, HIDDEN)
-    weights, normalizer = WeightsAndNormalizer.apply(scores)
-    weights = F.dropout(weights, dropout)
-    output = torch.bmm(weights.flatten(0, 3).to(value.dtype), windows[1].transpose(1, 2)).view(*scores.shape[:5], -1)
-    if not sees_itself:
-        alone = reach == 0
-        output = torch.where(alone, value[back:].view(output.shape), output)
-        normalizer = normalizer.masked_fill(alone, ITSELF)
-    return tuple(
-        Rearranged.apply(x.flatten(0, 4), home, of_rounds(there, rounds, chunks * size), 1).view(
-            batch, length, heads, rounds, -1
-        )
-        for x in (output, normalizer)
+    hidden = distance.masked_fill(distance < 0, 2 * block) > reach  # [batch, heads or 1, rounds, chunks, size, keys]
+    hidden = hidden.expand(-1, heads, -1, -1, -1, -1).flatten(0, 3)[:, None]
+    windows = (x[:, None] for x in (query, keys, values))
+    answers = attend_to_windows(*windows, hidden, None if sees_itself else distance == 0, dropout, joined)
+    return tuple(None if x is None else sorted_.restore(x.flatten(0, 2)) for x in answers)
+
+
+def attend_in_line(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, block: int, sees_itself: bool, dropout: float
+) -> torch.Tensor:
+    """The same where all tokens are of one bucket: they are in order, and chunks are blocks."""
+    batch, length, heads = query.shape[:3]
+    size = min(block, length)
+    chunks = -(-length // size)
+    back = size if chunks > 1 else 0
+    missing = chunks * size - length
+    query, key, value = (F.pad(x.flatten(2), (0, 0, 0, missing)).flatten(0, 1) for x in (query, key, value))
+    query = query.view(-1, size, heads, query.shape[-1] // heads)
+    keys, values = (
+        Windows.apply(F.pad(x, (0, 0, back, 0)), size, back).unflatten(-1, (heads, -1)) for x in (key, value)
     )
-
-
-def fused(query, key, value, hidden: torch.Tensor, back: int, dropout: float) -> torch.Tensor:
-    """[chunks, queries or keys, dim] by torch's fused attention. A query from which all is hidden, itself too, which is
-    `back` keys after the first for the first query, sees itself."""
-    alone = hidden.all(-1)
-    mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill_(hidden, -torch.inf)
-    mask.diagonal(back, 1, 2).masked_fill_(alone, 0)
-    tensors = (x[:, None] for x in (query, key, value, mask))
-    return F.scaled_dot_product_attention(*tensors, dropout_p=dropout, scale=1.0)[:, 0]
-
-
-def places(column: torch.Tensor, heads: int, padded: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each place of a sorted row [batch, heads, rounds, padded] the token that takes it, and for each token [batch,
-    length, heads, rounds] its place; all flat."""
-    batch, _, rounds, length = column.shape
-    row = torch.arange(batch, device=column.device)[:, None, None, None]
-    head = torch.arange(heads, device=column.device)[:, None, None]
-    there = F.pad((row * length + column) * heads + head, (0, padded - length))
-    position = torch.arange(length, device=column.device).expand_as(column)
-    place = torch.empty_like(column).scatter_(-1, column, position)
-    starts = torch.arange(batch * heads * rounds, device=column.device).view(batch, heads, rounds, 1) * padded
-    return there.flatten(), (place + starts).permute(0, 3, 1, 2).flatten()
-
-
-def of_rounds(there: torch.Tensor, rounds: int, padded: int) -> torch.Tensor:
-    """Of the tokens in sorted places, their places among tokens and rounds."""
-    turn = torch.arange(rounds, device=there.device)[:, None].expand(-1, padded).flatten()
-    return (there.unflatten(0, (-1, rounds * padded)) * rounds + turn).flatten()
-
-
-class Rearranged(torch.autograd.Function):
-    """x [rows, dim] at the rows `there`; `home` says where in the answer the `copies` of each row are."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, there: torch.Tensor, home: torch.Tensor, copies: int) -> torch.Tensor:
-        ctx.save_for_backward(home)
-        ctx.copies = copies
-        return x.index_select(0, there)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
-        (home,) = ctx.saved_tensors
-        gradient = gradient.index_select(0, home)
-        return gradient if ctx.copies == 1 else gradient.unflatten(0, (-1, ctx.copies)).sum(1), None, None, None
-
-
-class WeightsAndNormalizer(torch.autograd.Function):
-    """softmax(scores), and log(sum(exp(scores))) [..., 1], by which parts of a softmax are joined."""
-
-    @staticmethod
-    def forward(ctx, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        weights = scores.softmax(-1)
-        ctx.save_for_backward(weights)
-        return weights, scores.amax(-1, keepdim=True) - weights.amax(-1, keepdim=True).log()
-
-    @staticmethod
-    def backward(ctx, of_weights: torch.Tensor, of_normalizer: torch.Tensor) -> torch.Tensor:
-        (weights,) = ctx.saved_tensors
-        shared = (weights * of_weights).sum(-1, keepdim=True) - of_normalizer
-        return (of_weights - shared).mul_(weights)
+    column = torch.arange(back + size, device=query.device)
+    distance = column[:size, None] + back - column
+    token = torch.arange(chunks, device=query.device)[:, None, None] * size - back + column
+    hidden = ((distance < 0) | (token < 0)).repeat(batch, 1, 1)[:, None]
+    windows = (x.transpose(1, 2) for x in (query, keys, values))
+    output, _ = attend_to_windows(*windows, hidden, None if sees_itself else distance == 0, dropout, joined=False)
+    return output.transpose(1, 2).reshape(batch, chunks * size, heads, -1)[:, :length]
 
 
 def state_of(key: torch.Tensor, value: torch.Tensor, order: Order, num_buckets: int, block: int) -> State:
@@ -322,13 +269,3 @@ def bucketed_weights(
     apart = rank[..., :, None] - rank[..., None, :]
     seen = (numbers[..., :, None] == numbers[..., None, :]) & (apart >= 0) & (apart <= 1)
     return weights_of(query, key, seen.sum(2).tril(), sees_itself)
-
-
-def weights_of(query: torch.Tensor, key: torch.Tensor, seen: torch.Tensor, sees_itself: bool) -> torch.Tensor:
-    """The weights of a query that sees each key `seen` [batch, heads or 1, queries, keys] times."""
-    scores = torch.einsum("bihd,bjhd->bhij", query, key)
-    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    wide = wide + seen.to(wide.dtype).log()
-    if not sees_itself:
-        wide.diagonal(dim1=-2, dim2=-1).add_(ITSELF)
-    return wide.softmax(-1).to(scores.dtype)

@@ -32,7 +32,9 @@ def clustered_attention(
         found = find_documents(documents)
         tensors = query, key, value, query_affinity.transpose(1, 2), key_affinity.transpose(1, 2)
         *tensors, of_queries, of_keys = (found.unpack(x) for x in tensors)
-        rows = attend_in_clusters(*tensors, of_queries.transpose(1, 2), of_keys.transpose(1, 2), size, found.real, dropout)
+        rows = attend_in_clusters(
+            *tensors, of_queries.transpose(1, 2), of_keys.transpose(1, 2), size, found.real, dropout
+        )
         return found.repack(rows, *documents.shape)
     return attend_in_clusters(query, key, value, query_affinity, key_affinity, size, None, dropout)
 

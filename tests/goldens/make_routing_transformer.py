@@ -1,5 +1,5 @@
-"""Write routing_transformer_lucidrains.safetensors: weights of small models of lucidrains' routing-transformer, and what
-they answer in float64.
+"""Write routing_transformer_lucidrains.safetensors: weights of small models of lucidrains' routing-transformer, and
+what they answer in float64.
 
     python tests/goldens/make_routing_transformer.py --peer FOLDER
 
@@ -63,11 +63,7 @@ def main() -> None:
     options = parser.parse_args()
     sys.path.insert(0, options.peer)
     golden = {name: answers(fields, seed) for seed, (name, fields) in enumerate(MODELS.items())}
-    tensors = {
-        f"{model}.{key}": x.contiguous().clone()
-        for model, found in golden.items()
-        for key, x in found.items()
-    }
+    tensors = {f"{model}.{key}": x.contiguous().clone() for model, found in golden.items() for key, x in found.items()}
     save_file(tensors, options.output, {"configs": json.dumps(MODELS)})
     print(f"{options.output}: {options.output.stat().st_size / 1000:.0f} kB")
 

@@ -31,7 +31,9 @@ def describe(tensors: Tensors) -> Fields:
     name = f"{LAYERS}.{routing[0]}."
     routed, clusters, dim = tensors[f"{name}0.fn.global_attn.kmeans.means"].shape
     vocabulary, size = tensors["token_emb.weight"].shape
-    local = [len(tensors.get(f"{LAYERS}.{layer}.0.fn.local_to_qkv.weight", ())) // (3 * dim) for layer in sorted(layers)]
+    local = [
+        len(tensors.get(f"{LAYERS}.{layer}.0.fn.local_to_qkv.weight", ())) // (3 * dim) for layer in sorted(layers)
+    ]
     inner = tensors[f"{name}1.fn.fn.w2.weight"].shape[1]
     causal = f"{name}0.fn.to_k.weight" not in tensors  # its decoders share queries and keys
     return {

@@ -31,7 +31,9 @@ def layer_normed(query: torch.Tensor, key: torch.Tensor | None) -> tuple[torch.T
 def unit_length(query: torch.Tensor, key: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     """The same as lucidrains' routing-transformer does."""
     direction = F.normalize(query, dim=-1)
-    return (query, direction, direction, direction) if key is None else (query, key, direction, F.normalize(key, dim=-1))
+    return (
+        (query, direction, direction, direction) if key is None else (query, key, direction, F.normalize(key, dim=-1))
+    )
 
 
 NORMS_OF_ROUTED = {"layer_norm": layer_normed, "unit": unit_length}
@@ -100,31 +102,20 @@ class Routing(Mixer):
         return None if projection is None else projection(hidden_states).unflatten(-1, (-1, self.head_dim))
 
     def see_near(self, query, key, value, documents, memory) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """What local heads answer, and what the memory should write: to it, all tokens are of one bucket."""
-        if memory is None:
-            return self.see_blocks(query, key, value, documents, causal=True), {}
-        told = {"num_buckets": 1, "block": self.local_window // 2, "documents": documents}
-        told["dropout"] = self.dropout
+        """What local heads answer, and what the memory should write: all tokens are of one bucket."""
         one = torch.zeros(*query.shape[:2], 1, 1, dtype=torch.long, device=query.device)
+        told = {"num_buckets": 1, "block": self.local_window // 2, "documents": documents, "dropout": self.dropout}
         query = query * self.head_dim**-0.5
-        return attend_in_buckets("near_history", memory, query, key, value, one, **told)
-
-    def see_blocks(self, query, key, value, documents, causal: bool) -> torch.Tensor:
-        """The same where each document is read from its beginning."""
-        found = None if documents is None else find_documents(documents)
-        rows = (query, key, value) if found is None else [found.unpack(x) for x in (query, key, value)]
-        band = neighbouring_blocks(rows[0], None if found is None else found.real, self.local_window // 2, causal)
-        output, _ = banded_attention(*rows, band, dropout=self.dropout)
-        return output if found is None else found.repack(output, *documents.shape)
+        return attend_in_buckets(memory, query, key, value, one, name="near_history", **told)
 
     def see_far(self, query, key, towards, towards_of_keys, value, documents, memory):
         """The same of routed heads. Queries are keys, too."""
         nearest = self.centroids.nearest(self.centroids.affinity(towards))
         self.centroids.follow(towards, nearest, documents)
         told = {"num_buckets": self.centroids.value.shape[1], "block": self.cluster_size // 2, "documents": documents}
-        told["dropout"] = self.dropout
+        told |= {"sees_itself": False, "dropout": self.dropout, "name": "far_history"}
         query, buckets = query * self.head_dim**-0.5, nearest.transpose(1, 2)[..., None]
-        return attend_in_buckets("far_history", memory, query, key, value, buckets, sees_itself=False, **told)
+        return attend_in_buckets(memory, query, key, value, buckets, **told)
 
 
 class BidirectionalRouting(Routing):
@@ -135,7 +126,11 @@ class BidirectionalRouting(Routing):
         return heads
 
     def see_near(self, query, key, value, documents, memory):
-        return self.see_blocks(query, key, value, documents, causal=False), {}
+        found = None if documents is None else find_documents(documents)
+        rows = (query, key, value) if found is None else [found.unpack(x) for x in (query, key, value)]
+        band = neighbouring_blocks(rows[0], None if found is None else found.real, self.local_window // 2)
+        output, _ = banded_attention(*rows, band, dropout=self.dropout)
+        return output if found is None else found.repack(output, *documents.shape), {}
 
     def see_far(self, query, key, towards, towards_of_keys, value, documents, memory):
         near = [self.centroids.affinity(x) for x in (towards, towards_of_keys)]
