@@ -78,7 +78,7 @@ VARIANTS = {
     },
     "routing_transformer": {
         "turned": {"num_local_heads": [0, 4], "routed_norm": "unit", "rotary_routed": True, "attention_bias": True}
-        | {"feed_forward_types": ["gated", "sparse"], "num_local_experts": 4, "mlp_bias": False},
+        | {"feed_forward_types": ["gated", "sparse"], "num_local_experts": 4},
     },
     "longformer": {
         "wide": {"attention_window": 200},

@@ -100,12 +100,12 @@ PEERS = (
         ),
     ),
     Peer(
-        "routing_transformer",
+        "routing_package",
         "routing_transformer",
         "lucidrains:RoutingTransformer",
         measures=FORWARD,
         environment=Environment(
-            "routing_transformer",
+            "routing_package",
             unaided=(
                 "routing-transformer==1.6.1",
                 "local-attention==1.4.3",

@@ -25,7 +25,6 @@ class RoutingTransformer(Subject):
             causal=True,
             n_local_attn_heads=heads // 2,
             ff_mult=shape["intermediate_size"] // shape["hidden_size"],
-            _register_kmeans_update=False,  # by a hook that torch no longer has for such modules
         )
 
     def logits(self, ids):

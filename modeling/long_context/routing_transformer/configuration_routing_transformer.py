@@ -54,7 +54,6 @@ class ArchRoutingTransformerConfig(ArchConfig):
     head_dim: int | None = None
     rope_parameters: RopeParameters | dict | None = None
     hidden_act: str = "gelu"
-    mlp_bias: bool = True
     norm_eps: float = 1e-5
 
     def __post_init__(self, **kwargs):

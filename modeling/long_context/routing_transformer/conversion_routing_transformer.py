@@ -66,6 +66,7 @@ def routing_transformer_config(fields: Fields, local_window: int | None = None) 
         "routed_norm": "unit",
         "rotary_routed": True,
         "attention_bias": True,
+        "mlp_bias": True,
     }
 
 
