@@ -22,7 +22,9 @@ class Centroids(TrainingBuffer):
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     def init_parameters(self, std: float) -> None:
-        init.copy_(self.value, F.normalize(torch.randn_like(self.value), dim=-1))
+        same = torch.Generator().manual_seed(0)  # in all processes, and on any device
+        draws = torch.randn(self.value.shape, generator=same, device="cpu")
+        init.copy_(self.value, F.normalize(draws, dim=-1))
         init.zeros_(self.steps)
 
     def affinity(self, tokens: torch.Tensor) -> torch.Tensor:

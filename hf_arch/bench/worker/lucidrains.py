@@ -2,6 +2,8 @@
 
 import importlib
 
+import torch.nn.functional as F
+
 from .subject import Subject
 
 CONTEXT = 16384  # what its clusters are made for: they are as many at any length, each of WINDOW tokens
@@ -29,3 +31,8 @@ class RoutingTransformer(Subject):
 
     def logits(self, ids):
         return self.model(ids)[0]
+
+    def loss(self, ids):
+        """With that of the distance to centroids, as the package trains."""
+        logits, commitment = self.model(ids)
+        return F.cross_entropy(logits[0, :-1], ids[0, 1:]) + commitment.sum()

@@ -15,10 +15,11 @@ class ArchRoutingTransformerConfig(ArchConfig):
         `"causal"`: a token joins the cluster whose centroid is nearest to it, and sees those before it that did, which
         no later token changes. `"bidirectional"`: as in the paper, each cluster takes the `cluster_size` tokens nearest
         to its centroid, of all in the text, so that clusters are of equal size and a token may be in several or none.
-    num_clusters (`int`, defaults to 64), cluster_size (`int`, defaults to 128):
+    num_clusters (`int`, defaults to 32), cluster_size (`int`, defaults to 128):
         Clusters of a routed head, and how many tokens one sees in its cluster: at most, and at least half as many if
-        there are so many. The cost of a token is that of its comparison with the centroids and with those it sees: for
-        texts of n tokens it is least with about sqrt(n) clusters of sqrt(n) to 2 sqrt(n) tokens, n^1.5 in all.
+        there are so many. A token is compared with the centroids and with those it sees: for texts of n tokens choose
+        clusters that hold them between them, num_clusters x cluster_size = n, and about sqrt(n) clusters, at which the
+        cost is least, n^1.5 in all. Its memory holds as many tokens of each head, however long the text.
     num_local_heads (`int` or `list[int]`, *optional*):
         Of the heads of a layer, those that see what is near instead: half by default. One number, or one for each
         layer; the paper routes in few layers where texts are long.
@@ -44,7 +45,7 @@ class ArchRoutingTransformerConfig(ArchConfig):
     feed_forward_kinds = ("dense", "gated", "sparse")
 
     direction: Literal["causal", "bidirectional"] = "causal"
-    num_clusters: int = 64
+    num_clusters: int = 32
     cluster_size: int = 128
     num_local_heads: int | list[int] | None = None
     local_window: int = 256
