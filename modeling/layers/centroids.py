@@ -17,14 +17,13 @@ class Centroids(TrainingBuffer):
     """
 
     def __init__(self, num_heads: int, num_clusters: int, head_dim: int, decay: float):
-        super().__init__(torch.empty(num_heads, num_clusters, head_dim))
+        value = torch.empty(num_heads, num_clusters, head_dim)
+        super().__init__(value.copy_(random_directions(value.shape)))
         self.decay = decay
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     def init_parameters(self, std: float) -> None:
-        same = torch.Generator().manual_seed(0)  # in all processes, and on any device
-        draws = torch.randn(self.value.shape, generator=same, device="cpu")
-        init.copy_(self.value, F.normalize(draws, dim=-1))
+        init.copy_(self.value, random_directions(self.value.shape))
         init.zeros_(self.steps)
 
     def affinity(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -63,3 +62,9 @@ class Centroids(TrainingBuffer):
             idle = F.normalize(mean + (1 - mean.square().sum(-1, keepdim=True)).clamp(min=0).sqrt() * value, dim=-1)
         self.steps += 1
         return torch.where(count > 0, decay * value + (1 - decay) * F.normalize(total, dim=-1), idle)
+
+
+def random_directions(shape: torch.Size) -> torch.Tensor:
+    """Vectors of length 1 along the last dimension, the same in all processes and for any device."""
+    draws = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
+    return F.normalize(draws, dim=-1)
