@@ -2,7 +2,8 @@
 
 VENV ?= .venv
 PYTHON ?= python3
-RUN := OMP_NUM_THREADS=1 $(VENV)/bin/
+# many processes import the same files: what is compiled of them is kept
+RUN := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(VENV)/bin/
 READY := $(VENV)/.ready
 
 .PHONY: demo test conformance conformance-full bench lint format clean
@@ -11,7 +12,7 @@ demo: $(READY)
 	$(VENV)/bin/hf-arch demo $(DEMO)
 
 test: $(READY)
-	$(RUN)python -m pytest -n $${TEST_WORKERS:-auto} --dist loadfile $(TESTS)
+	$(RUN)python -m pytest -n $${TEST_WORKERS:-auto} --dist loadfile --no-loadscope-reorder $(TESTS)
 
 # ROWS=retnet measures one row. A quiet machine, please: what is found goes into the README. `hf-arch bench --quick` does not
 bench: $(READY)

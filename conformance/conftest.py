@@ -3,7 +3,6 @@
 import os
 
 import pytest
-import torch
 
 from hf_arch.catalogue import find
 
@@ -21,7 +20,6 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    torch.set_num_threads(1)  # one process per core
     try:
         config.rows = [find(name).name for name in config.getoption("row") or ()]
     except ValueError as error:

@@ -9,11 +9,13 @@ from hf_arch import ARCHITECTURES
 from promises import DECODERS, ENCODERS, HEADS, MODELS, ROWS, some_tokens
 
 ROW_LIMIT = 80  # seconds of processor time that all tests of a row may take; half as much on a quiet machine
+LONGEST = [f"test_{name}.py" for name in ("distributed", "gradients", "generate", "export", "trainer", "hub", "demo")]
 spent: Counter[str] = Counter()
 
 
-def pytest_configure():
-    torch.set_num_threads(1)  # the suite runs one process per core
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first, so that no process is left alone with one of them at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.hookimpl(wrapper=True)

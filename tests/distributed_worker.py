@@ -5,6 +5,7 @@ went wrong. An equal answer proves nothing where nothing was split, so each chec
 """
 
 import contextlib
+import gc
 import json
 import os
 import re
@@ -339,6 +340,7 @@ def run(check: Callable, *args) -> str:
 def main(folder: Path, names: list[str]) -> None:
     """Processes tell each other through a file how a check went: where one failed alone, the other waits in vain for it
     to take part in some exchange, and what follows would mean nothing."""
+    gc.freeze()  # a Trainer collects garbage often
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store, patience = dist.FileStore(str(folder / "store"), size), timedelta(seconds=60)
     store.set_timeout(patience)

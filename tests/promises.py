@@ -5,6 +5,7 @@ faults hide below any tolerance. They are in float64, so that what should be equ
 """
 
 import contextlib
+import re
 from dataclasses import dataclass, field
 from unittest.mock import patch
 
@@ -151,10 +152,23 @@ class Case:
                     parameter.normal_(std=model.config.initializer_range)
         return model.to(dtype)
 
+    def shallow(self) -> dict:
+        """Fields of the config with the fewest layers that have every part: a backward pass is compiled layer by layer."""
+        config = self.config()
+        last = dict(zip(config.layer_types, config.feed_forward_types, strict=True))  # which may be none in the first
+        fields = {"num_hidden_layers": len(last), "layer_types": [*last], "feed_forward_types": [*last.values()]}
+        fields |= {"encoder_num_hidden_layers": 1} if self.answers else {}
+        return fields if parts(self.build(**fields)) == parts(self.build()) else {}
+
     def decoder(self, **options) -> nn.Module:
         """The model as one that goes on with a text: of an answer, where there is a source."""
         model = self.build(**options)
         return Answering(model) if self.answers else model
+
+
+def parts(model: nn.Module) -> set[str]:
+    """The names of its parameters, without the numbers of layers."""
+    return {re.sub(r"\d+", "N", name) for name, _ in model.named_parameters()}
 
 
 class Answering(nn.Module):

@@ -88,8 +88,7 @@ def test_attention_implementations_agree_and_weights_are_recorded(decoder_case, 
 
 
 def test_compiled_equals_eager(model_case, tokens):
-    shallow = {"encoder_num_hidden_layers": 1} if model_case.answers else {}  # compiling takes its time by the layer
-    model = model_case.build(**shallow)
+    model = model_case.build(**model_case.shallow())
     inputs = {"input_ids": tokens, "labels": tokens, "use_cache": False}
     plain = gradients(model, inputs)
     torch._dynamo.reset()

@@ -19,6 +19,7 @@ import hf_arch
 from hf_arch import find
 from hf_arch.convert import convert
 from hf_arch.distill import fit
+from hf_arch.modeling.layers.derived import Derived
 from promises import EXACT, ROWS, some_tokens
 
 GOLDEN = Path(__file__).parent / "goldens" / "hyena_original.safetensors"
@@ -151,8 +152,8 @@ def kept_or_not(model, tokens):
     """What it answers, with filters that it kept if it did, and that of a copy that kept none."""
     fresh = copy.deepcopy(model)
     for module in fresh.modules():
-        if hasattr(module, "kept"):
-            module.kept = None
+        if isinstance(module, Derived):
+            module.made.clear()
     return model(input_ids=tokens).logits, fresh(input_ids=tokens).logits
 
 
@@ -161,9 +162,9 @@ def test_kept_filters_are_those_of_the_parameters():
     model, tokens = CASE.build(), some_tokens()
     filter_ = model.model.layers[0].mixer.filter
     before = model(tokens).logits
-    kept = filter_.kept
+    kept = filter_.made["filters"]
     assert_close(model(tokens).logits, before, **EXACT)
-    assert filter_.kept is kept
+    assert filter_.made["filters"] is kept
     other = {name: tensor * 1.1 for name, tensor in model.state_dict().items()}
     changes = {
         "in place": lambda: filter_.second_proj.weight.mul_(1.2),
@@ -179,10 +180,13 @@ def test_kept_filters_are_those_of_the_parameters():
         assert (found - before).abs().max() > 1e-3, name
         before = found
     model.float()
-    assert model(tokens).logits.dtype == filter_.kept[1][0].kernel.dtype == torch.float32
+    assert model(tokens).logits.dtype == filter_.made["filters"][1][0].kernel.dtype == torch.float32
+    model.double()
     with torch.inference_mode():
-        model.double()(tokens)
-    assert not filter_.kept[1][0].kernel.is_inference()
+        model(tokens)
+        assert not filter_.made["filters"][1][0].kernel.is_inference()
+        model.float()(tokens)  # parameters whose changes nobody counts
+        assert not filter_.made
 
 
 def test_kept_filters_follow_adapters_and_training():

@@ -263,3 +263,18 @@ def test_blocks_of_a_bias_equal_the_whole(direction, position_type, grad, monkey
     monkeypatch.setattr(backbone, "all_straight", lambda *args, **options: False)
     for found, expected in zip(answers(), whole, strict=True):
         torch.testing.assert_close(found, expected, **EXACT)
+
+
+def test_a_rotation_is_compiled_for_gradients_of_any_strides():
+    weight = torch.eye(32, requires_grad=True)
+    angle = torch.rand(1, 5, 1, 8)
+
+    def turned(x):
+        return positions.rotated((x @ weight).unflatten(-1, (4, 8)), angle.cos(), angle.sin()).permute(0, 2, 3, 1) * 2
+
+    x = torch.rand(2, 5, 32)
+    turned(x).square().sum().backward()
+    expected, weight.grad = weight.grad, None
+    torch._dynamo.reset()
+    torch.compile(turned, backend="aot_eager")(x).square().sum().backward()
+    torch.testing.assert_close(weight.grad, expected)

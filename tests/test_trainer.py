@@ -4,7 +4,6 @@ Rows are documents of several lengths in which a token is followed by its succes
 to learn.
 """
 
-import gc
 import re
 
 import pytest
@@ -26,14 +25,6 @@ OTHERS += [
     for case in HEADS
     if case.row is ROWS[0].row and case.head.endswith(("MaskedLM", "TokenClassification", "QuestionAnswering"))
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collection():
-    """Each run of a Trainer collects garbage, which looks at all of the imported libraries each time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def documents(head: str, count: int = 8) -> list[dict]:

@@ -20,19 +20,22 @@ class Derived(nn.Module):
     """A module that keeps what it made of its parameters until one of them, or an adapter, changes.
 
     Nothing is kept where gradients are recorded, while a model is compiled, or where an adapter stands in for a
-    parameter. A change by way of `parameter.data`
-    shows only to the next `train()` or `eval()`, both of which forget what was kept.
+    parameter. A change by way of `parameter.data` shows only to the next `train()` or `eval()`, both of which forget
+    what was kept.
     """
 
     def __init__(self):
         super().__init__()
         self.made: dict[str, tuple[tuple, Any]] = {}
 
+    def keeps_nothing(self) -> bool:
+        return self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()
+
     def derive(self, name: str, make: Callable[[], Any]) -> Any:
         """make(), without autocast, or what it answered last time."""
         parameters = list(self.parameters())
         with torch.autocast(parameters[0].device.type, enabled=False):
-            if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            if self.keeps_nothing():
                 return make()
             if is_parametrized(self) or any(parameter.is_inference() for parameter in parameters):
                 return make()  # their changes cannot be counted

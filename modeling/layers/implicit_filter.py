@@ -10,7 +10,7 @@ from torch import nn
 from transformers import initialization as init
 
 from ..ops.long_convolution import GROUP, SMALLEST, KernelTransform, transform_kernel
-from .derived import adapters_of
+from .derived import Derived
 
 FASTEST, SLOWEST, FADED = 0.3, 1.5, 1e-2  # times, of the longest text, by which channels fade to a hundredth
 
@@ -29,13 +29,9 @@ class LongFilter(NamedTuple):
     transform: KernelTransform | None
 
 
-class ImplicitFilter(nn.Module):
+class ImplicitFilter(Derived):
     """filter_t = (exp(-delta t) + shift) * tap(sin(f * second(sin(f * first(sin(f * embed(time features)))))), and a
-    bias for the token itself, for each channel; `longest` tokens are the unit of time.
-
-    In eval what was made is kept, until a parameter or an adapter changes. Not seen is a change through `.data` of a
-    parameter alone: call `eval()` again after one.
-    """
+    bias for the token itself, for each channel; `longest` tokens are the unit of time."""
 
     def __init__(self, channels: int, count: int, longest: int, sizes: tuple[int, int], frequency: float, shift: float):
         """`count` filters of `channels` each; `sizes` of the time features and of the network inside."""
@@ -49,33 +45,23 @@ class ImplicitFilter(nn.Module):
         self.tap_proj = WideLinear(width, count * channels, bias=False)
         self.frequency = nn.Parameter(torch.empty(width))
         self.bias = nn.Parameter(torch.empty(count * channels))
-        self.kept: tuple[tuple, list[LongFilter]] | None = None
 
     def init_parameters(self, std: float) -> None:
         init.constant_(self.frequency, self.first_frequency)
         init.normal_(self.bias)
 
-    def train(self, mode: bool = True) -> nn.Module:
-        self.kept = None
-        return super().train(mode)
-
     def forward(self, tokens: int, going_on: bool = False) -> list[LongFilter]:
         """The filters for texts of up to `tokens`. A compiled step that is `going_on` with a text takes the ones that
         the text was begun with: it cannot ask whether they are still those of the parameters."""
-        live = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
-        if self.training or live:
-            self.kept = None
+        _, kept, _ = self.made.get("filters", (None, None, None))
+        enough = kept is not None and kept[0].kernel.shape[1] >= tokens
+        if self.keeps_nothing():
+            if going_on and enough and torch.compiler.is_compiling():
+                return kept
             return [LongFilter(kernel, None) for kernel in self.kernels(tokens)]
-        enough = self.kept is not None and self.kept[1][0].kernel.shape[1] >= tokens
-        if torch.compiler.is_compiling():
-            if enough and going_on:
-                return self.kept[1]
-            return [LongFilter(kernel, None) for kernel in self.kernels(tokens)]
-        key = self.fingerprint()
-        if not enough or self.kept[0] != key:
-            with torch.inference_mode(False), torch.no_grad():
-                self.kept = key, self.prepared(tokens)
-        return self.kept[1]
+        if not enough:
+            self.made.clear()
+        return self.derive("filters", lambda: self.prepared(tokens))
 
     def prepared(self, tokens: int) -> list[LongFilter]:
         """Filters with their transforms, for a few more tokens than asked for: texts grow."""
@@ -84,13 +70,6 @@ class ImplicitFilter(nn.Module):
             size *= GROUP
         size = min(size, self.longest)
         return [LongFilter(kernel, transform_kernel(kernel, size)) for kernel in self.kernels(size)]
-
-    def fingerprint(self) -> tuple:
-        """What changes when the filters do."""
-        return (
-            *((id(p), p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype) for p in self.parameters()),
-            *adapters_of(self),
-        )
 
     def kernels(self, taps: int) -> list[torch.Tensor]:
         """`count` kernels [channels, taps], in float32 at least."""

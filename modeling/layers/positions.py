@@ -86,7 +86,9 @@ class TableBias(NamedTuple):
 
 def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn each pair (x_i, x_(i + dim/2)) of x [batch, length, heads, dim] by its angle: x cos + swapped halves sin."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+    first, second = x.chunk(2, dim=-1)
+    swapped = torch.cat((second, first), dim=-1)  # not `roll`: compiled, its gradient may have other strides than told
+    return torch.addcmul(x * cos, swapped, sin)
 
 
 class NoPositions(nn.Module):
