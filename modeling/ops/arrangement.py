@@ -99,29 +99,26 @@ def attend_to_windows(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    hidden: torch.Tensor,
-    itself: torch.Tensor | None,
+    mask: torch.Tensor,
     dropout: float,
     joined: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What queries [chunks, heads, queries, dim] answer, and a normalizer [chunks, heads, queries, 1] where answers are
-    to be `joined` with others. `hidden` [chunks, 1, queries, keys] says what is not seen, `itself` [queries, keys] what
-    is seen only where there is nothing else."""
-    least = max(ITSELF, torch.finfo(query.dtype).min / 2)
+    """What queries [chunks, heads, queries, dim] answer where a mask [chunks, 1, queries, keys] is added to their
+    scores, and a normalizer [chunks, heads, queries, 1] where answers are to be `joined` with others."""
     if not joined:
-        mask = torch.zeros(hidden.shape[2:], dtype=query.dtype, device=query.device)
-        mask = mask if itself is None else mask.masked_fill(itself, least)
-        mask = torch.where(hidden, -torch.inf, mask)
         return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout, scale=1.0), None
     scores = query @ key.transpose(2, 3)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill_(hidden, HIDDEN)
-    if itself is not None:
-        scores = scores + itself * ITSELF
-    weights, normalizer = weigh(scores, joined)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) + mask
+    weights, normalizer = weigh_scores(scores, joined)
     return F.dropout(weights, dropout).to(value.dtype) @ value, normalizer
 
 
-def weigh(scores: torch.Tensor, joined: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+def least_of(dtype: torch.dtype) -> float:
+    """What is added to a token's score of itself where it should see others."""
+    return max(ITSELF, torch.finfo(dtype).min / 2)
+
+
+def weigh_scores(scores: torch.Tensor, joined: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The weights of scores, and a normalizer where they are to be joined with others."""
     return WeightsAndNormalizer.apply(scores) if joined else (scores.softmax(-1), None)
 

@@ -18,10 +18,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .arrangement import HIDDEN, ITSELF, Windows, arrangement_by, attend_to_windows, join_rounds, weights_of
+from .arrangement import HIDDEN, ITSELF, Windows, arrangement_by, attend_to_windows, join_rounds, least_of, weights_of
 from .documents import document_runs
 
-CHUNK = 64  # queries that are handled side by side
+CHUNK_OF_SORTED = 64  # queries that are handled side by side
 
 State = tuple[torch.Tensor, torch.Tensor]
 
@@ -118,7 +118,7 @@ def bucketed_attention(
     base = None
     if initial_state is not None:
         query, key, value, numbers, base = after_state(query, key, value, numbers, initial_state, num_buckets, block)
-    order = in_order(numbers, last, num_buckets, base)
+    order = rank_in_buckets(numbers, last, num_buckets, base)
     if num_buckets == rounds == 1 and documents is None and initial_state is None:
         output = attend_in_line(query, key, value, block, sees_itself, dropout)
     else:
@@ -169,7 +169,7 @@ def after_state(query, key, value, numbers, state: State, num_buckets: int, bloc
     return query, torch.cat((keys, key), dim=1), torch.cat((values, value), dim=1), numbers, base
 
 
-def in_order(numbers: torch.Tensor, last: torch.Tensor, num_buckets: int, base: torch.Tensor | None) -> Order:
+def rank_in_buckets(numbers: torch.Tensor, last: torch.Tensor, num_buckets: int, base: torch.Tensor | None) -> Order:
     numbers, column = numbers.sort(dim=-1, stable=True)
     document, bucket = numbers // num_buckets, numbers % num_buckets
     position = torch.arange(numbers.shape[-1], device=numbers.device)
@@ -193,22 +193,34 @@ def attend_in_chunks(
     """What each round answers, [batch, length, heads, rounds, value_dim], and, where rounds are to be `joined`, the
     logarithm of the sum of its weights, [batch, length, heads, rounds, 1]."""
     length, heads = query.shape[1:3]
-    size = min(CHUNK, length)
+    size = min(CHUNK_OF_SORTED, length)
     chunks = -(-length // size)
     back = min(2 * block, (chunks - 1) * size)  # tokens before a chunk that it may see, and one
     sorted_ = arrangement_by(order.column, heads, chunks * size)
     query = sorted_.arrange(query).unflatten(0, (-1, size))
     keys, values = (Windows.apply(sorted_.arrange(x, back), size, back) for x in (key, value))
 
-    column = torch.arange(back + size, dtype=torch.int32, device=query.device)
-    distance = column[:size, None] + back - column
-    reach = reach_of(order.rank, block).to(torch.int32)
-    reach = F.pad(reach, (0, chunks * size - length)).unflatten(-1, (chunks, size))[..., None]
-    hidden = distance.masked_fill(distance < 0, 2 * block) > reach  # [batch, heads or 1, rounds, chunks, size, keys]
-    hidden = hidden.expand(-1, heads, -1, -1, -1, -1).flatten(0, 3)[:, None]
-    windows = (x[:, None] for x in (query, keys, values))
-    answers = attend_to_windows(*windows, hidden, None if sees_itself else distance == 0, dropout, joined)
+    reach = F.pad(reach_of(order.rank, block), (0, chunks * size - length)).unflatten(-1, (chunks, size))
+    mask = masks_by_reach(reach, back, sees_itself, query.dtype)  # [batch, heads or 1, rounds, chunks, size, keys]
+    mask = mask.expand(-1, heads, -1, -1, -1, -1).flatten(0, 3)[:, None]
+    answers = attend_to_windows(*(x[:, None] for x in (query, keys, values)), mask, dropout, joined)
     return tuple(None if x is None else sorted_.restore(x.flatten(0, 2)) for x in answers)
+
+
+def masks_by_reach(reach: torch.Tensor, back: int, sees_itself: bool, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to the scores of chunks [..., size, back + size] whose queries see as many tokens before them as
+    `reach` [..., size] says: each row is a part of a line of a table, which holds a line for each reach."""
+    size = reach.shape[-1]
+    keys = back + size
+    line = size + keys - 1
+    age = keys - 1 - torch.arange(line, device=reach.device)  # of a key, where the line begins at the first query's
+    farthest = torch.arange(keys, device=reach.device)[:, None]
+    table = torch.zeros(keys, line, dtype=dtype, device=reach.device)
+    table = table.masked_fill((age < 0) | (age > farthest), -torch.inf)
+    if not sees_itself:
+        table = table.masked_fill(age == 0, least_of(dtype))
+    start = reach.clamp(max=keys - 1) * line + size - 1 - torch.arange(size, device=reach.device)
+    return table.flatten().unfold(0, keys, 1).index_select(0, start.flatten()).view(*reach.shape, keys)
 
 
 def attend_in_line(
@@ -219,8 +231,9 @@ def attend_in_line(
     size = min(block, length)
     chunks = -(-length // size)
     back = size if chunks > 1 else 0
-    missing = chunks * size - length
-    query, key, value = (F.pad(x.flatten(2), (0, 0, 0, missing)).flatten(0, 1) for x in (query, key, value))
+    if missing := chunks * size - length:
+        query, key, value = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (query, key, value))
+    query, key, value = (x.flatten(2).flatten(0, 1) for x in (query, key, value))
     query = query.view(-1, size, heads, query.shape[-1] // heads)
     keys, values = (
         Windows.apply(F.pad(x, (0, 0, back, 0)), size, back).unflatten(-1, (heads, -1)) for x in (key, value)
@@ -228,9 +241,12 @@ def attend_in_line(
     column = torch.arange(back + size, device=query.device)
     distance = column[:size, None] + back - column
     token = torch.arange(chunks, device=query.device)[:, None, None] * size - back + column
-    hidden = ((distance < 0) | (token < 0)).repeat(batch, 1, 1)[:, None]
+    mask = torch.zeros(chunks, 1, *distance.shape, dtype=query.dtype, device=query.device)
+    mask = mask.masked_fill_(((distance < 0) | (token < 0))[:, None], -torch.inf).repeat(batch, 1, 1, 1)
+    if not sees_itself:
+        mask = mask.masked_fill_(distance == 0, least_of(mask.dtype))
     windows = (x.transpose(1, 2) for x in (query, keys, values))
-    output, _ = attend_to_windows(*windows, hidden, None if sees_itself else distance == 0, dropout, joined=False)
+    output, _ = attend_to_windows(*windows, mask, dropout, joined=False)
     return output.transpose(1, 2).reshape(batch, chunks * size, heads, -1)[:, :length]
 
 
@@ -264,7 +280,7 @@ def bucketed_weights(
 ) -> torch.Tensor:
     """The weights of all pairs, [batch, heads, length, length]: as many as those of full attention."""
     numbers, last = document_and_bucket(buckets, documents, num_buckets)
-    order = in_order(numbers, last, num_buckets, None)
+    order = rank_in_buckets(numbers, last, num_buckets, None)
     rank = torch.empty_like(order.rank).scatter(-1, order.column, order.rank) // block
     apart = rank[..., :, None] - rank[..., None, :]
     seen = (numbers[..., :, None] == numbers[..., None, :]) & (apart >= 0) & (apart <= 1)

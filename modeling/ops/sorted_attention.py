@@ -11,7 +11,7 @@ Shapes as there.
 import torch
 import torch.nn.functional as F
 
-from .arrangement import HIDDEN, ITSELF, arrangement_by, join_rounds, weigh, weights_of
+from .arrangement import HIDDEN, ITSELF, arrangement_by, join_rounds, weigh_scores, weights_of
 from .bucketed_attention import document_and_bucket
 from .documents import Unpacked, find_documents
 
@@ -50,7 +50,7 @@ def attend_to_neighbours(
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(hidden, HIDDEN)
     if not sees_itself:
         scores = scores.masked_fill(columns == column, ITSELF)
-    weights, normalizer = weigh(scores, rounds > 1)
+    weights, normalizer = weigh_scores(scores, rounds > 1)
     output = F.dropout(weights, dropout).to(value.dtype) @ value
     if normalizer is not None:
         normalizer = sorted_.restore(normalizer.flatten(0, 3))
