@@ -2,6 +2,7 @@
 
 import importlib
 
+from hf_arch.attention import register_attention, window_cache
 from hf_arch.catalogue import ARCHITECTURES, Architecture, find, register
 from hf_arch.convert import convert
 from hf_arch.distill import distill
@@ -47,5 +48,7 @@ __all__ = [
     "lora_config",
     "parameter_groups",
     "push_to_hub",
+    "register_attention",
     "save_state",
+    "window_cache",
 ]

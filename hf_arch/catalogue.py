@@ -235,6 +235,24 @@ ARCHITECTURES = (
         head_fields={"ForCausalLM": {"direction": "causal", "num_global_tokens": 2, "tie_word_embeddings": False}},
     ),
     Architecture(
+        "sparse_transformer",
+        "ArchSparseTransformer",
+        family="long_context",
+        title="Sparse Transformer (GPT-3, LongNet, attention sinks)",
+        paper="arXiv:1904.10509",
+        tiny={"sliding_window": 9, "stride": 8, "summary_columns": 2, "tie_word_embeddings": False}
+        | {"dilated_segments": [8, 32], "dilations": [1, 2]},
+        exceptions={
+            "bounded state": "Dense layers look at every earlier key, and so does, in the end, the text that strided, "
+            "fixed and dilated ones see: their caches grow. Those of layers of type sliding_attention and "
+            "sink_attention do not.",
+            "linear cost": "Dense layers compare all pairs of tokens; strided and fixed ones n (stride + n / stride), "
+            "the others as many as their windows show.",
+            "padding does not enter the state": "transformers' cache of a window counts columns, padding included; "
+            "that of sink_attention counts real tokens.",
+        },
+    ),
+    Architecture(
         "mixtral",
         "ArchMixtral",
         family="moe",

@@ -86,6 +86,11 @@ VARIANTS = {
         "layers": {"attention_window": [8, 12], "attention_dilation": [1, 2]},
         "questions": {"attention_window": 6, "attention_dilation": 3, "num_global_tokens": 5},
     },
+    "sparse_transformer": {
+        "factorized": {"layer_types": ["strided_attention", "fixed_attention"], "num_key_value_heads": 2},
+        "dilated": {"layer_types": ["dilated_attention"] * 2, "position_type": "rope"},
+        "streaming": {"layer_types": ["sink_attention"] * 2, "position_type": "rope", "num_key_value_heads": 2},
+    },
     "mixtral": {"sliding": {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9}},
     "hat": {
         "one_level": {"segment_lengths": [], "layer_types": ["level_0"] * 3},
@@ -153,7 +158,7 @@ class Case:
         return model.to(dtype)
 
     def shallow(self) -> dict:
-        """Fields of the config with the fewest layers that have every part: a backward pass is compiled layer by layer."""
+        """Fields of the config with the fewest layers that have every part: compiling takes its time by the layer."""
         config = self.config()
         last = dict(zip(config.layer_types, config.feed_forward_types, strict=True))  # which may be none in the first
         fields = {"num_hidden_layers": len(last), "layer_types": [*last], "feed_forward_types": [*last.values()]}

@@ -267,10 +267,11 @@ def test_blocks_of_a_bias_equal_the_whole(direction, position_type, grad, monkey
 
 def test_a_rotation_is_compiled_for_gradients_of_any_strides():
     weight = torch.eye(32, requires_grad=True)
-    angle = torch.rand(1, 5, 1, 8)
+    angle, values = torch.rand(1, 5, 1, 8), torch.rand(2, 4, 5, 6)
 
     def turned(x):
-        return positions.rotated((x @ weight).unflatten(-1, (4, 8)), angle.cos(), angle.sin()).permute(0, 2, 3, 1) * 2
+        keys = positions.rotated((x @ weight).unflatten(-1, (4, 8)), angle.cos(), angle.sin())
+        return keys.permute(0, 2, 3, 1) @ values
 
     x = torch.rand(2, 5, 32)
     turned(x).square().sum().backward()

@@ -87,6 +87,17 @@ def of_buckets(form: Callable) -> Callable:
     return call
 
 
+def with_skip(form: Callable) -> Callable:
+    """An op whose skip comes by position, as its other tensors do."""
+
+    def call(*tensors_and_skip, chunk_size=64, **options):
+        *tensors, skip = tensors_and_skip
+        chunks = {"chunk_size": chunk_size} if "chunk_size" in inspect.signature(form).parameters else {}
+        return form(*tensors, skip=skip, **chunks, **options)
+
+    return call
+
+
 OPS = {
     "bucketed_attention": Op(
         of_buckets(recurrent_bucketed_attention),
@@ -114,10 +125,11 @@ OPS = {
     ),
     "retention": Op(recurrent_retention, chunk_retention, ((3, 8), (3, 8), (3, 16)), (3, 8, 16)),
     "decayed_attention": Op(
-        recurrent_decayed_attention,
-        chunk_decayed_attention,
-        ((2, 8), (2, 8), (6, 5), (6,)),
+        with_skip(recurrent_decayed_attention),
+        with_skip(chunk_decayed_attention),
+        ((2, 8), (2, 8), (6, 5), (6,), (6,)),
         (6, 8, 5),
+        fixed={5: (6,)},
         signs={3: -1},
         decays=3,
     ),

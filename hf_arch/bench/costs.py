@@ -17,6 +17,12 @@ from hf_arch.modeling.layers.attention import Attention
 from hf_arch.modeling.layers.experts import SparseFeedForward
 from hf_arch.modeling.layers.feed_forward import MLP
 from hf_arch.modeling.layers.mixer import Mixer
+from hf_arch.modeling.layers.pattern_attention import (
+    DilatedAttention,
+    FixedAttention,
+    PatternAttention,
+    StridedAttention,
+)
 from hf_arch.modeling.long_context.longformer.modeling_longformer import WindowAttention
 from hf_arch.modeling.long_context.routing_transformer.modeling_routing_transformer import Routing
 from hf_arch.modeling.long_context.transformer_xl.modeling_transformer_xl import SegmentRecurrence
@@ -61,6 +67,19 @@ def segment_pairs(window: Window, span: Span) -> int:
     """The same where a token sees its segment and a memory before it."""
     places = torch.arange(span.before, span.before + span.tokens)
     return int((places + 1 - window.first_seen(places)).sum())
+
+
+def pattern_pairs(module: PatternAttention, span: Span) -> float:
+    """The same of a pattern; of one that differs by head, on average."""
+    place, config = torch.arange(span.before, span.before + span.tokens), module.config
+    if isinstance(module, StridedAttention):
+        seen = (place + 1).clamp(max=config.stride) + place // config.stride
+    elif isinstance(module, FixedAttention):
+        seen = place % config.stride + 1 + place // config.stride * config.summary_columns
+    elif isinstance(module, DilatedAttention):
+        sizes = zip(config.dilated_segments, config.dilations, strict=True)
+        seen = sum((place % segment // dilation + 1) / dilation for segment, dilation in sizes)
+    return seen.sum().item()
 
 
 @singledispatch
@@ -127,6 +146,17 @@ def attention(module: Attention, span: Span) -> Cost:
         operations=4 * pairs * size,
         exponentials=pairs * heads,
         numbers=keys * (module.k_proj.out_features + module.v_proj.out_features),
+    )
+
+
+@cost.register
+def pattern(module: PatternAttention, span: Span) -> Cost:
+    pairs, heads = pattern_pairs(module, span), module.q_proj.out_features // module.head_dim
+    read = pattern_pairs(module, Span(1, span.before + span.tokens - 1))
+    return projections(module, span) + Cost(
+        operations=4 * pairs * module.q_proj.out_features,
+        exponentials=pairs * heads,
+        numbers=read * (module.k_proj.out_features + module.v_proj.out_features),
     )
 
 

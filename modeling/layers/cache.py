@@ -12,6 +12,7 @@ from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
     DynamicLayer,
+    StaticLayer,
 )
 
 
@@ -187,11 +188,17 @@ RECURRENT = (
     "s4d",
     "s6",
     "segment_recurrence",
+    "sink_attention",
     "ssd",
 )
 DYNAMIC_LAYER_TYPE_MAPPING |= dict.fromkeys(RECURRENT, RecurrentCacheLayer)
 STATIC_LAYER_TYPE_MAPPING |= dict.fromkeys(RECURRENT, StaticRecurrentCacheLayer)
 DYNAMIC_LAYER_TYPE_MAPPING["hyena"], STATIC_LAYER_TYPE_MAPPING["hyena"] = HistoryCacheLayer, StaticHistoryCacheLayer
+
+# Attention by patterns that reach back without end keeps all keys and values
+PATTERNS = ("dilated_attention", "fixed_attention", "strided_attention")
+DYNAMIC_LAYER_TYPE_MAPPING |= dict.fromkeys(PATTERNS, DynamicLayer)
+STATIC_LAYER_TYPE_MAPPING |= dict.fromkeys(PATTERNS, StaticLayer)
 
 
 class GrowingCacheLayer(DynamicLayer):

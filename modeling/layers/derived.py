@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..ops.precision import without_autocast
+
 ADAPTERS = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")  # what PEFT turns beside parameters
 
 
@@ -34,7 +36,7 @@ class Derived(nn.Module):
     def derive(self, name: str, make: Callable[[], Any]) -> Any:
         """make(), without autocast, or what it answered last time."""
         parameters = list(self.parameters())
-        with torch.autocast(parameters[0].device.type, enabled=False):
+        with without_autocast(parameters[0]):
             if self.keeps_nothing():
                 return make()
             if is_parametrized(self) or any(parameter.is_inference() for parameter in parameters):

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import initialization as init
 
 from ..ops.long_convolution import GROUP, SMALLEST, KernelTransform, transform_kernel
+from ..ops.precision import without_autocast
 from .derived import Derived
 
 FASTEST, SLOWEST, FADED = 0.3, 1.5, 1e-2  # times, of the longest text, by which channels fade to a hundredth
@@ -74,7 +75,7 @@ class ImplicitFilter(Derived):
     def kernels(self, taps: int) -> list[torch.Tensor]:
         """`count` kernels [channels, taps], in float32 at least."""
         wide = torch.promote_types(self.bias.dtype, torch.float32)
-        with torch.autocast(self.bias.device.type, enabled=False):
+        with without_autocast(self.bias):
             time, hidden = self.time_features(taps, wide)
             frequency = self.frequency.to(wide)
             for projection in (self.embed_proj, self.first_proj, self.second_proj):

@@ -3,7 +3,8 @@
 The slot is called as positions(hidden_states [batch, length, size], position_ids [batch or 1, length]) and answers
 (hidden_states, position_embeddings). What layers get is one of the tuples below, each with the two methods by which
 attention asks it: `rotate(query, key)`, and `attend(kernel, query, key, value, attention_mask, key_positions)`, which
-calls `kernel(query, key, value, mask)` and gives its answer.
+calls `kernel(query, key, value, mask)` and gives its answer. Those that `CausalWindowAttention` asks have a third,
+`rotate_to_first(query)`: the queries that ask the first tokens of a text, None where they are the same as the others.
 """
 
 import math
@@ -14,6 +15,7 @@ from torch import nn
 from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from ..ops.precision import without_autocast
 from .bias import biased_attention
 
 
@@ -26,6 +28,9 @@ class Plain(NamedTuple):
     def attend(self, kernel, query, key, value, attention_mask, key_positions):
         return kernel(query, key, value, attention_mask)
 
+    def rotate_to_first(self, query: torch.Tensor) -> torch.Tensor | None:
+        return None
+
 
 class Rotation(NamedTuple):
     """cos of every position, and sin, negative in its first half, [batch or 1, length, 1, dim]."""
@@ -36,7 +41,21 @@ class Rotation(NamedTuple):
     def rotate(self, query, key):
         return rotated(query, self.cos, self.sin), rotated(key, self.cos, self.sin)
 
-    attend = Plain.attend
+    attend, rotate_to_first = Plain.attend, Plain.rotate_to_first
+
+
+class SinkRotation(NamedTuple):
+    """A rotation, and another of queries for the first tokens, which they see from no farther than they ever did."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    cos_to_first: torch.Tensor
+    sin_to_first: torch.Tensor
+
+    rotate, attend = Rotation.rotate, Plain.attend
+
+    def rotate_to_first(self, query):
+        return rotated(query, self.cos_to_first, self.sin_to_first)
 
 
 class StretchedRotation(NamedTuple):
@@ -141,7 +160,7 @@ class RotaryEmbedding(LlamaRotaryEmbedding):
     @dynamic_rope_update
     def turns(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         wide = torch.promote_types(hidden_states.dtype, torch.float32)
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        with without_autocast(hidden_states):
             angle = position_ids[..., None].to(wide) * self.inv_freq.to(hidden_states.device, wide)
             angle = torch.cat((-angle, angle), dim=-1)[:, :, None]
             cos, sin = angle.cos() * self.attention_scaling, angle.sin() * self.attention_scaling
@@ -149,6 +168,20 @@ class RotaryEmbedding(LlamaRotaryEmbedding):
 
     def forward(self, hidden_states, position_ids):
         return hidden_states, Rotation(*self.turns(hidden_states, position_ids))
+
+
+class SinkRotaryEmbedding(RotaryEmbedding):
+    """RoPE in which a query at place t asks the first tokens as if it stood at min(t, sinks + window - 1), where the
+    token stands in a memory of sinks and window (StreamingLLM: Xiao et al., 2023, arXiv:2309.17453, section 3.2; a
+    distance ceiling as in LM-Infinite: Han et al., 2023, arXiv:2308.16137)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.farthest = config.num_sink_tokens + config.sliding_window - 1
+
+    def forward(self, hidden_states, position_ids):
+        near, ceiling = self.turns(hidden_states, position_ids), position_ids.clamp(max=self.farthest)
+        return hidden_states, SinkRotation(*near, *self.turns(hidden_states, ceiling))
 
 
 class XPosRotaryEmbedding(RotaryEmbedding):

@@ -20,7 +20,7 @@ class Residual(nn.Module):
     def __init__(self, config, names: tuple[str, ...], norm: Callable[[], nn.Module]):
         super().__init__()
         self.norm = nn.ModuleDict({name: norm() for name in names})
-        self.dropout = nn.Dropout(config.hidden_dropout) if config.hidden_dropout else nn.Identity()
+        self.dropout = nn.Dropout(config.hidden_dropout) if config.hidden_dropout else unchanged
 
     @staticmethod
     def enter(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -35,6 +35,10 @@ class Residual(nn.Module):
 
     def forward(self, stream: torch.Tensor, sublayers: dict[str, nn.Module], **context) -> torch.Tensor:
         raise NotImplementedError
+
+
+def unchanged(hidden_states: torch.Tensor) -> torch.Tensor:
+    return hidden_states
 
 
 class PreNorm(Residual):

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from ..ops.banded_attention import (
+    attend_seen,
     banded_attention,
     dense_weights,
     fused,
@@ -25,8 +26,8 @@ class CausalWindowAttention(Attention):
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
-        window, self.dilation = (config.of_layer(f"attention_{name}", layer_idx) for name in ("window", "dilation"))
-        self.before, self.first, self.sliding_window = window - 1, config.num_global_tokens, window
+        window, self.dilation, self.first = config.causal_window(layer_idx)
+        self.before, self.sliding_window = window - 1, window
 
     def forward(
         self,
@@ -40,46 +41,46 @@ class CausalWindowAttention(Attention):
     ) -> torch.Tensor:
         projections = self.q_proj, self.k_proj, self.v_proj
         query, key, value = (proj(hidden_states).unflatten(-1, (-1, self.head_dim)) for proj in projections)
+        to_first = position_embeddings.rotate_to_first(query) if self.first else None
         query, key = position_embeddings.rotate(query, key)
         memory = self.memory(past_key_values, layer_idx)
         documents = document_numbers(attention_mask, query)
         if memory is None or memory.read("window_count") is None:
             landmarks = first_of_documents(documents, self.first) if self.first else None
             told = (attention_mask, landmarks, self.first if attention_mask is None else None)
-            output, weights = self.see(query, key, value, *told, output_attentions)
+            output, weights = self.see(query, to_first, key, value, *told, output_attentions)
             if memory is not None:
                 last = documents * (documents == documents.amax(1, keepdim=True))
                 self.remember(memory, query.shape[1], last > 0, key, value)
             return self.answer(output, weights)
         seen = self.recall(memory, documents > 0, key, value)
-        output = self.go_on(query, *seen)
+        output = self.go_on(query, to_first, *seen)
         self.remember(memory, query.shape[1], *seen)
         return self.answer(output, None)
 
-    def see(self, query, key, value, documents, landmarks, count, output_attentions=None):
-        """What the queries see among the keys beside them: ([batch, length, heads, dim], weights or None)."""
+    def see(self, query, to_first, key, value, documents, landmarks, count, output_attentions=None):
+        """What the queries see among the keys beside them: ([batch, length, heads, dim], weights or None). `to_first`
+        are the queries that ask the first tokens, None where they are the same."""
         band = make_band(query[..., 0, 0], self.before, 0, self.dilation, documents, landmarks, count)
         kernel = written_out if self.config._attn_implementation == "eager" else fused
-        output, weights = banded_attention(query, key, value, band, kernel=kernel, **self.options())
+        told = self.options() | {"kernel": kernel, "landmark_query": to_first}
+        output, weights = banded_attention(query, key, value, band, **told)
         return output, dense_weights(weights, band) if output_attentions and weights is not None else None
 
     def options(self) -> dict:
         return {"scale": self.scaling, "dropout": self.attention_dropout if self.training else 0.0}
 
-    def go_on(self, query: torch.Tensor, real: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def go_on(self, query, to_first, real: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """The same where the queries are the last of the keys; `real` [batch, keys]."""
         documents, missing = real.long(), key.shape[1] - query.shape[1]
         landmarks = first_of_documents(documents, self.first)
         if query.shape[1] > missing:
-            query = F.pad(query, (0, 0, 0, 0, missing, 0))
-            return self.see(query, key, value, documents, landmarks, self.first)[0][:, missing:]
+            padded = (None if x is None else F.pad(x, (0, 0, 0, 0, missing, 0)) for x in (query, to_first))
+            return self.see(*padded, key, value, documents, landmarks, self.first)[0][:, missing:]
         seen = visible_in_band(documents, self.before, 0, self.dilation, landmarks, query.shape[1])
-        mask = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill_(~seen, -torch.inf)
-        groups = query.shape[2] // key.shape[2]
-        key, value = (x.repeat_interleave(groups, dim=2) for x in (key, value))
         kernel = written_out if self.config._attn_implementation == "eager" else fused
-        output, _ = kernel(*(x.transpose(1, 2) for x in (query, key, value)), mask[:, None], **self.options())
-        return output.transpose(1, 2)
+        told = self.options() | {"kernel": kernel, "landmark_query": to_first}
+        return attend_seen(query, key, value, seen, landmarks, **told)
 
     def recall(self, memory: RecurrentCacheLayer, real: torch.Tensor, key: torch.Tensor, value: torch.Tensor):
         """(which are there [batch, keys], keys, values) of the first tokens, the last, and the new ones."""

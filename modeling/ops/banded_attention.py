@@ -231,19 +231,61 @@ def banded_attention(
     scale: float | None = None,
     dropout: float = 0.0,
     kernel: Kernel = fused,
+    landmark_query: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """softmax(q k^T scale) v over what the band shows.
 
-    query [batch, length, heads, dim]; key and value [batch, length, heads or a divisor of them, dim]. Answers
-    ([batch, length, heads, dim], weights of blocks or None): `dense_weights` brings those into the usual form.
+    query [batch, length, heads, dim]; key and value [batch, length, heads or a divisor of them, dim]; `landmark_query`,
+    like `query`, asks the landmarks in its place. Answers ([batch, length, heads, dim], weights of blocks or None):
+    `dense_weights` brings those into the usual form.
     """
-    groups = query.shape[2] // key.shape[2]
-    blocks = [band.queries(query), *(band.beside_landmarks(x) for x in (key, value))]
-    query, key, value = (x.transpose(1, 2) for x in blocks)
+    size, groups = query.shape[-1], query.shape[2] // key.shape[2]
+    scale = size**-0.5 if scale is None else scale
     if groups > 1:
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        key, value = (x.repeat_interleave(groups, dim=2) for x in (key, value))
+    around = [band.beside_landmarks(x) for x in (key, value)]
+    if landmark_query is not None and band.landmarks is not None:
+        query, around = with_landmark_scores(query, landmark_query, key, around, band)
+    query, key, value = (x.transpose(1, 2) for x in (band.queries(query), *around))
     output, weights = kernel(query, key, value, band.mask.to(query.dtype), scale=scale, dropout=dropout)
-    return band.back(output.transpose(1, 2)).contiguous(), weights
+    return band.back(output[..., :size].transpose(1, 2)).contiguous(), weights
+
+
+def with_landmark_scores(query, landmark_query, key, around: list[torch.Tensor], band: Band):
+    """The score of each landmark as one more number of a query, which a landmark's key takes and no other: the queries,
+    keys and values of `around`, all that much wider."""
+    found = take(band.in_order(key), band.landmarks)
+    scores = torch.einsum("bihd,bjhd->bihj", landmark_query, found.to(landmark_query.dtype))
+    count = scores.shape[-1]
+    key, value = around
+    one = torch.eye(count, dtype=key.dtype, device=key.device)[None, :, None].expand(len(key), -1, key.shape[2], -1)
+    of_landmarks = torch.cat((torch.zeros_like(key[:, -count:]), one), dim=-1)
+    key = torch.cat((F.pad(key[:, :-count], (0, count)), of_landmarks), dim=1)
+    return torch.cat((query, scores.to(query.dtype)), dim=-1), [key, F.pad(value, (0, count))]
+
+
+def attend_seen(
+    query,
+    key,
+    value,
+    seen: torch.Tensor,
+    landmarks: torch.Tensor,
+    *,
+    kernel: Kernel = fused,
+    landmark_query=None,
+    **told,
+) -> torch.Tensor:
+    """The same for few queries, of which `seen` [batch, queries, keys] says what they see, and which of the keys are
+    landmarks, [batch, keys]."""
+    mask = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill_(~seen, -math.inf)
+    told["scale"] = query.shape[-1] ** -0.5 if told.get("scale") is None else told["scale"]
+    if landmark_query is not None:  # a key is asked by one half of a query or by the other
+        query, marked = torch.cat((query, landmark_query), dim=-1), landmarks[..., None, None]
+        key = torch.cat((key * ~marked, key * marked), dim=-1)
+    groups = query.shape[2] // key.shape[2]
+    key, value = (x.repeat_interleave(groups, dim=2) for x in (key, value))
+    output, _ = kernel(*(x.transpose(1, 2) for x in (query, key, value)), mask[:, None], **told)
+    return output.transpose(1, 2)
 
 
 def dense_weights(weights: torch.Tensor, band: Band) -> torch.Tensor:

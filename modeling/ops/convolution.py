@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from .documents import document_runs
+from .precision import without_autocast
 from .time_invariant import CHUNK, apply_chunks, toeplitz
 
 
@@ -38,10 +40,7 @@ def causal_convolution(x, weight, bias=None, *, documents=None, initial_state=No
     before, length = weight.shape[1] - 1, x.shape[1]
     x = F.pad(x, (0, 0, before, 0)) if initial_state is None else torch.cat((initial_state.to(x.dtype), x), dim=1)
     if documents is None:
-        # As an image of one line with its channels last: conv1d would copy it to have them first
-        image, kernel = x.transpose(1, 2)[:, :, None], weight[:, None, None]
-        y = F.conv2d(image, kernel, bias, groups=len(weight)).squeeze(2).transpose(1, 2)
-        return y, x[:, length:] if output_final_state else None
+        return Correlation.apply(x, weight, bias), x[:, length:] if output_final_state else None
     documents = F.pad(documents, (before, 0), value=1)  # what came before is of the first document
     real, document = document_runs(documents, x)
     place = real.cumsum(-1) - 1  # of each token among the real ones of its row; padding takes that of the last
@@ -58,6 +57,32 @@ def causal_convolution(x, weight, bias=None, *, documents=None, initial_state=No
     last = place[:, -1:] - torch.arange(before - 1, -1, -1, device=x.device)
     same = (document.gather(1, last) == document.gather(1, place[:, -1:]))[..., None]
     return y, x.gather(1, last[..., None].expand(-1, -1, x.shape[-1])) * same
+
+
+def correlate(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """y_t = bias + sum_k weight[:, k] x_(t+k), of those that exist. As an image of one line with its channels last:
+    conv1d would copy it to have them first."""
+    image, kernel = x.transpose(1, 2)[:, :, None], weight[:, None, None]
+    return F.conv2d(image, kernel, bias, groups=len(weight)).squeeze(2).transpose(1, 2)
+
+
+class Correlation(torch.autograd.Function):
+    """`correlate`, with a backward that takes two thirds of the time of conv2d's on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return correlate(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        taps, length = weight.shape[1], grad.shape[1]
+        with without_autocast(grad):
+            of_x = correlate(F.pad(grad, (0, 0, taps - 1, taps - 1)), weight.flip(1).to(grad.dtype), None)
+        of_weight = [(grad * x[:, tap : tap + length]).sum((0, 1)) for tap in range(taps)]
+        return of_x, torch.stack(of_weight, dim=1), grad.sum((0, 1)) if ctx.needs_input_grad[2] else None
 
 
 def chunk_convolution(x, weight, bias=None, *, documents=None, initial_state=None, output_final_state=False):

@@ -20,6 +20,7 @@ from transformers.utils.import_utils import is_tracing
 from .dispatch import accelerated
 from .documents import document_runs
 from .fading import chunked, linked
+from .precision import without_autocast
 
 DELTA_CHUNK = 32
 FEW = 8  # steps whose differences are all computed, where decays may be of any size
@@ -31,7 +32,7 @@ def recurrent_delta_rule(
 ):
     """The definition above, one step at a time. The reference for tests, and the decoding step."""
     wide, state, outputs = torch.promote_types(query.dtype, torch.float32), initial_state, []
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         q, decay, k, v, a, b = (x.to(wide) for x in (query, log_decay, key, value, a, b))
         decay = decay.exp()[..., None]
         if state is None:
@@ -61,7 +62,7 @@ def chunk_delta_rule(
     """
     length, wide = query.shape[1], torch.promote_types(query.dtype, torch.float32)
     size = min(DELTA_CHUNK, 1 << (length - 1).bit_length())
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         if documents is not None:
             real, document = document_runs(documents, query)
             log_decay, value, b = (x * real[..., None, None] for x in (log_decay, value, b))

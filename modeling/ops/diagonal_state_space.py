@@ -18,6 +18,7 @@ import torch
 
 from .documents import document_runs
 from .fading import carry
+from .precision import without_autocast
 from .time_invariant import CHUNK, apply_chunks, toeplitz
 
 
@@ -26,7 +27,7 @@ def recurrent_diagonal_state_space(
 ):
     """The definition above, one step at a time. The reference for tests, and the decoding step."""
     wide = skip.dtype
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         x_ = x.to(wide)
         state = x_.new_zeros(len(x), *decay.shape, 2) if initial_state is None else initial_state.to(wide)
         state = torch.view_as_complex(state.contiguous())
@@ -46,7 +47,7 @@ def chunk_diagonal_state_space(
     x, decay, readout, skip, *, documents=None, initial_state=None, output_final_state=False, chunk_size=CHUNK
 ):
     """The same answer in parallel, and that of two readouts."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         chunks = diagonal_chunks(decay, readout, skip, chunk_size)
     told = {"documents": documents, "initial_state": initial_state, "output_final_state": output_final_state}
     return apply_chunks(x, chunks, **told)

@@ -29,12 +29,16 @@ def document_pieces(documents: torch.Tensor, size: int) -> Iterator[torch.Tensor
         yield None if (piece == 1).all() else piece
 
 
+def document_places(documents: torch.Tensor) -> torch.Tensor:
+    """[batch, length] the place of each token among the real ones of its document, from 0."""
+    place, number = (documents > 0).cumsum(1), documents.cummax(1).values
+    begins = number.diff(dim=1, prepend=torch.zeros_like(number[:, :1])) > 0
+    return place - (place * begins).cummax(1).values
+
+
 def first_of_documents(documents: torch.Tensor, count: int) -> torch.Tensor:
     """[batch, length] whether a token is among the first `count` of its document."""
-    real, number = documents > 0, documents.cummax(1).values
-    place = real.cumsum(1)
-    begins = number.diff(dim=1, prepend=torch.zeros_like(number[:, :1])) > 0
-    return real & (place - (place * begins).cummax(1).values < count)
+    return (documents > 0) & (document_places(documents) < count)
 
 
 class Unpacked(NamedTuple):

@@ -27,14 +27,19 @@ def fading(log_decay: torch.Tensor, documents: torch.Tensor | None, chunk_size: 
         real, document = document_runs(documents, log_decay)
         log_decay = log_decay * real[..., None]
     left = F.pad(log_decay, (0, 0, 0, pad)).unflatten(1, (-1, chunk_size)).transpose(2, 3).cumsum(-1)
-    seen = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=left.device).tril()
-    lag, last = left[..., :, None] - left[..., None, :], left[..., -1:]
-    if documents is None:
-        within = lag.masked_fill(~seen, -torch.inf).exp()
-        return Fading(within, left.exp()[..., None], (last - left).exp()[..., None], last.exp()[..., None])
-    links = linked(document, chunk_size)
-    into, out_of = left.exp()[..., None] * links.into, (last - left).exp()[..., None] * links.out_of
-    return Fading(lag.masked_fill(~(seen & links.within), -torch.inf).exp(), into, out_of, into[..., -1:, :])
+    return fading_of_sums(left, None if documents is None else linked(document, chunk_size))
+
+
+def fading_of_sums(left: torch.Tensor, links: "Links | None") -> Fading:
+    """The same by the sums of log decays in each chunk, [batch, chunks, heads, size]. No gradient passes."""
+    last = left[..., -1:]
+    into, out_of, across = left.exp()[..., None], (last - left).exp_()[..., None], last.exp()[..., None]
+    # Above the diagonal decays are undone: whatever that is, it is overwritten, not multiplied
+    within = (left[..., :, None] - left[..., None, :]).exp_().tril_()
+    if links is None:
+        return Fading(within, into, out_of, across)
+    into, out_of = into * links.into, out_of * links.out_of
+    return Fading(within.masked_fill_(~links.within, 0), into, out_of, into[..., -1:, :])
 
 
 class Links(NamedTuple):

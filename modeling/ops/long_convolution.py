@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from .documents import document_runs, find_documents
+from .precision import without_autocast
 
 SMALLEST, GROUP = 64, 4  # tokens of the smallest blocks; blocks of a group
 
@@ -118,7 +119,7 @@ def recurrent_long_convolution(
 ):
     """The definition above, one step at a time. The reference for tests, and the decoding step."""
     wide, kept = torch.promote_types(x.dtype, torch.float32), kernel.shape[1] - 1
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         k = kernel.to(wide)
         state = x.new_zeros(len(x), x.shape[2], 0) if initial_state is None else initial_state.to(x.dtype)
         if documents is not None:
@@ -144,7 +145,7 @@ def long_convolution(x, kernel, *, documents=None, initial_state=None, output_fi
         documents = None if documents is None else F.pad(documents, (x.shape[1] - length, 0), value=1)
     found = None if documents is None else find_documents(documents)
     rows = x if found is None else found.unpack(x)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         # Of two dimensions, a transposed copy is quick
         row, k = rows.flatten(0, 1).T.contiguous().to(wide).unflatten(1, rows.shape[:2]), kernel.to(wide)
         y = CausalConvolution.apply(row, k, *(() if transform is None else (transform.within, *transform.across)))

@@ -18,6 +18,7 @@ import torch
 
 from .diagonal_state_space import pairs
 from .documents import document_runs
+from .precision import without_autocast
 from .time_invariant import CHUNK, apply_chunks, toeplitz
 
 
@@ -59,14 +60,14 @@ def recurrent_low_rank_state_space(
     x, step, diagonal, P, B, readout, skip, *, documents=None, initial_state=None, output_final_state=False
 ):
     """The definition above, one step at a time. The reference for tests, and the decoding step."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         told = {"documents": documents, "initial_state": initial_state, "output_final_state": output_final_state}
         return step_low_rank(x, low_rank(step, diagonal, P, B), readout, skip, **told)
 
 
 def step_low_rank(x, matrix: LowRank, readout, skip, *, documents=None, initial_state=None, output_final_state=False):
     """`recurrent_low_rank_state_space` by what `low_rank` made before."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         x_ = x.to(skip.dtype)
         shape = len(x), *matrix.diagonal.shape, 2
         state = x_.new_zeros(shape) if initial_state is None else initial_state.to(x_.dtype)
@@ -87,7 +88,7 @@ def chunk_low_rank_state_space(
     x, step, diagonal, P, B, readout, skip, *, documents=None, initial_state=None, output_final_state=False
 ):
     """The same answer in parallel, and that of two readouts."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         chunks = dense_chunks(low_rank(step, diagonal, P, B), readout, skip)
     told = {"documents": documents, "initial_state": initial_state, "output_final_state": output_final_state}
     return apply_chunks(x, chunks, **told)

@@ -14,6 +14,7 @@ import torch
 from .dispatch import accelerated
 from .documents import document_runs
 from .fading import Fading, carry, fading, in_chunks
+from .precision import without_autocast
 
 
 def retention_decay(num_heads: int, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -25,7 +26,7 @@ def recurrent_retention(query, key, value, *, documents=None, initial_state=None
     """The definition above, one step at a time. The reference for tests, and the decoding step."""
     batch, length, heads, key_dim = query.shape
     wide = torch.promote_types(query.dtype, torch.float32)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         q, k, v = query.to(wide) * key_dim**-0.5, key.to(wide), value.to(wide)
         gamma = retention_decay(heads, query.device, wide)[:, None, None]
         state = initial_state
@@ -49,7 +50,7 @@ def recurrent_retention(query, key, value, *, documents=None, initial_state=None
 def chunk_retention(query, key, value, *, documents=None, initial_state=None, output_final_state=False, chunk_size=64):
     """The same answer in parallel: attention inside a chunk, the recurrence between chunks."""
     length, wide = query.shape[1], torch.promote_types(query.dtype, torch.float32)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         within, into, out_of, across = retention_fading(query, documents, min(chunk_size, length), wide)
         if documents is not None:
             key = key * (documents > 0)[..., None, None]

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from .dispatch import accelerated, compiled
 from .documents import document_runs
+from .precision import without_autocast
 
 SIZE, ROWS = 4, 8  # steps made one after another, and how many such rows lie side by side: what stays in a cache
 BLOCK = SIZE * ROWS  # tokens whose states exist at once: channels * states numbers for each
@@ -24,7 +25,7 @@ BLOCK = SIZE * ROWS  # tokens whose states exist at once: channels * states numb
 
 def recurrent_selective_scan(x, step, A, key, query, *, documents=None, initial_state=None, output_final_state=False):
     """The definition above, one step at a time. The reference for tests, and the decoding step."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         A, state, added, step, key, query, keep = prepared(x, step, A, key, query, documents, initial_state)
         key, outputs = key.mT, []
         for t in range(x.shape[1]):
@@ -32,7 +33,7 @@ def recurrent_selective_scan(x, step, A, key, query, *, documents=None, initial_
             decay = torch.exp(step[:, now] * A)
             if keep is not None:
                 decay = decay * keep[:, now]
-            state = torch.addcmul(decay * state, key[..., now], added[:, now])
+            state = (decay * state).addcmul_(key[..., now], added[:, now])
             outputs.append(query[:, now] @ state)
     output = torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
     return output.to(x.dtype), state if output_final_state else None
@@ -57,7 +58,7 @@ def mamba_selective_scan(
 @accelerated("mamba_ssm.ops.selective_scan_interface:selective_scan_fn", adapt=mamba_selective_scan, packs=False)
 def chunk_selective_scan(x, step, A, key, query, *, documents=None, initial_state=None, output_final_state=False):
     """The same answer a block at a time, steps of a block side by side."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         output, state = SelectiveScan.apply(*prepared(x, step, A, key, query, documents, initial_state))
     return output.to(x.dtype), state if output_final_state else None
 
@@ -203,7 +204,7 @@ class SelectiveScan(torch.autograd.Function):
     def backward(ctx, grad, later):
         A, *kept = ctx.saved_tensors
         sequences, starts = kept[:5], kept[5:]
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad):
             blocks, of_A, found = Blocks(ctx.size, A, *sequences), torch.zeros_like(A), []
             grads = torch.empty_like(blocks.states)
             grad = blocks.cut(grad)[..., None, :]

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from .documents import find_documents
+from .precision import without_autocast
 
 CHUNK = 64  # tokens: fewer do not fill a matrix product, more are more work
 
@@ -73,7 +74,7 @@ def apply_chunks(
     """x [batch, length, channels] -> the same and the state [batch, channels, numbers / 2, 2]. Where `chunks` know two
     directions, each token hears of those after it, too, and there is no state."""
     (batch, length, channels), size, wide = x.shape, chunks.within.shape[-1], chunks.within.dtype
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         found = None if documents is None else aligned(documents, size)
         state = None if initial_state is None else initial_state.to(wide).flatten(-2).transpose(0, 1)
         rows = in_rows(x.to(wide), size, found)  # [channels, batch * chunks, size]

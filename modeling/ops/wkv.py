@@ -18,6 +18,7 @@ import torch
 
 from .dispatch import accelerated
 from .documents import document_runs
+from .precision import without_autocast
 
 NOTHING = -1e30  # the logarithm of the weight of what is not there; unlike -inf it can be subtracted from itself
 
@@ -28,7 +29,7 @@ def recurrent_wkv(key, value, log_decay, bonus, *, documents=None, initial_state
         key, value, log_decay, bonus, documents, initial_state
     )
     outputs = []
-    with torch.autocast(key.device.type, enabled=False):
+    with without_autocast(key):
         for t, (k_t, v_t) in enumerate(zip(k.unbind(1), v.unbind(1), strict=True)):
             if reset is not None:
                 weight = weight + reset[:, t]
@@ -64,7 +65,7 @@ def chunk_wkv(
     """The same answer with chunks side by side: what each adds up by itself, the recurrence between chunks, then all
     steps again from there. Its backward is such a recurrence from the end (`WKV`)."""
     tensors = prepared_for_wkv(key, value, log_decay, bonus, documents, initial_state)
-    with torch.autocast(key.device.type, enabled=False):
+    with without_autocast(key):
         output, mean, weight = WKV.apply(*tensors, chunk_size)
     return output.to(value.dtype), wkv_state(mean, weight) if output_final_state else None
 

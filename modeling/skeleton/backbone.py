@@ -10,13 +10,13 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, DynamicC
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.utils import TransformersKwargs
-from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..layers.cache import growing
 from ..layers.experts import SparseFeedForward
 from ..layers.feed_forward import MLP, GatedMLP
 from ..layers.mixer import Mixer
+from ..layers.norm import RMSNorm
 from ..layers.positions import NoPositions
 from ..layers.record import AttentionWeights, CrossAttentionWeights, RouterLogits
 from ..layers.residual import PreNorm, Residual
@@ -39,7 +39,7 @@ class Layer(GradientCheckpointingLayer):
 
     @property
     def sublayers(self) -> dict[str, nn.Module]:
-        return {name: getattr(self, name) for name in self.names}
+        return {name: self._modules[name] for name in self.names}
 
     def init_parameters(self, std: float) -> None:
         self.residual.init_sublayers(self.sublayers)
@@ -67,7 +67,7 @@ class Backbone(ArchPreTrainedModel):
     views: ClassVar[dict[str, type[View]]] = {}
     positions: ClassVar[type[nn.Module]] = NoPositions
     masks: ClassVar[dict[str, Callable]] = {}
-    norm_class: ClassVar[Callable[[int, float], nn.Module]] = nn.RMSNorm
+    norm_class: ClassVar[Callable[[int, float], nn.Module]] = RMSNorm
     _can_record_outputs = {
         "hidden_states": Layer,
         "attentions": OutputRecorder(AttentionWeights, index=0),
@@ -83,8 +83,9 @@ class Backbone(ArchPreTrainedModel):
         self.embed_positions = self.positions(config)
         self.embed_norm = self.make_norm() if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.hidden_dropout)
-        # The layer and its kind, call by call
+        # The layer and its kind, call by call; of each kind the first layer
         self.calls = tuple(zip(config.layer_groups, config.layer_types, strict=True))
+        self.kinds = {kind: config.layer_types.index(kind) for kind in dict.fromkeys(config.layer_types)}
         firsts = [config.layer_groups.index(group) for group in sorted(set(config.layer_groups))]
         self.layers = nn.ModuleList(self.make_layer(layer_idx) for layer_idx in firsts)
         self.norm = self.make_norm() if self.residual.final_norm else nn.Identity()
@@ -116,7 +117,6 @@ class Backbone(ArchPreTrainedModel):
             "feed_forward": self.feed_forwards[self.config.feed_forward_types[layer_idx]],
         }
 
-    @merge_with_config_defaults
     @capture_outputs
     def forward(
         self,
@@ -141,7 +141,8 @@ class Backbone(ArchPreTrainedModel):
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         # Masks first: transformers and we look for packed documents only where there is no cache, not even an empty one
         masks = self.make_masks(hidden_states, attention_mask, past_key_values, position_ids, **kwargs)
-        if use_cache and past_key_values is None and not self.training:
+        caching = self.config.use_cache if use_cache is None else use_cache
+        if caching and past_key_values is None and not self.training:
             past_key_values = self.make_cache()
         if position_ids is None:
             position_ids = masks.get("position_ids")
@@ -181,12 +182,11 @@ class Backbone(ArchPreTrainedModel):
             return attention_mask
         told = {"attention_mask": attention_mask, "past_key_values": past_key_values, "position_ids": position_ids}
         makers, masks = MASKS | self.masks, {}
-        first = {kind: self.config.layer_types.index(kind) for kind in dict.fromkeys(self.config.layer_types)}
-        for kind, layer_idx in first.items():
+        for kind, layer_idx in self.kinds.items():
             given = {"config": self.config, "inputs_embeds": inputs_embeds, "layer_idx": layer_idx}
             given["biased"] = self.embed_positions.biased
             masks[kind] = makers[kind](**given, **told, **context)
         if self.embed_positions.biased and not all_straight(inputs_embeds, **told):
-            for kind, layer_idx in first.items():
+            for kind, layer_idx in self.kinds.items():
                 masks[f"{kind}_key_positions"] = key_positions(inputs_embeds, layer_idx, **told)
         return masks

@@ -1,5 +1,6 @@
 """What is wrong with a call, said before the mathematics starts."""
 
+import functools
 from collections.abc import Iterable
 
 import torch
@@ -64,8 +65,7 @@ def check_cache(config, past_key_values: Cache) -> None:
     if not layers and not set(RECURRENT) & set(config.layer_types):
         return  # DynamicCache() grows its attention layers by itself
     fits = len(layers) == config.num_hidden_layers and all(
-        made_for(layer) in [fitting.__name__ for fitting in kinds]
-        for layer, kinds in zip(layers, map(cache_layers, config.layer_types), strict=True)
+        may_hold(type(layer), kind) for layer, kind in zip(layers, config.layer_types, strict=True)
     )
     if not fits:
         held = ", ".join(dict.fromkeys(type(layer).__name__ for layer in layers)) or "none"
@@ -76,15 +76,19 @@ def check_cache(config, past_key_values: Cache) -> None:
         )
 
 
+@functools.cache
+def may_hold(held: type, kind: str) -> bool:
+    """Whether a layer of the class `held` may be the cache of a layer type: the nearest of its classes that is made for
+    some type has to be made for this one. By name, since an exported model has classes of its own."""
+    known = {name for each in {*DYNAMIC_LAYER_TYPE_MAPPING, *STATIC_LAYER_TYPE_MAPPING} for name in names_of(each)}
+    nearest = next((base.__name__ for base in held.__mro__ if base.__name__ in known), None)
+    return nearest in names_of(kind)
+
+
+def names_of(kind: str) -> list[str]:
+    return [layer.__name__ for layer in cache_layers(kind)]
+
+
 def cache_layers(kind: str) -> list[type]:
     """The classes that may hold the cache of a layer type."""
     return [kinds[kind] for kinds in (DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING) if kind in kinds]
-
-
-def made_for(layer: object) -> str | None:
-    """The name of the nearest class that holds the cache of some layer type: by name, since an exported model has
-    classes of its own."""
-    known = {
-        kind.__name__ for kinds in (DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING) for kind in kinds.values()
-    }
-    return next((base.__name__ for base in type(layer).__mro__ if base.__name__ in known), None)

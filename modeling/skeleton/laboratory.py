@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from ..layers.norm import RMSNorm
 from ..layers.positions import (
     AlibiBias,
     LearnedPositions,
@@ -15,7 +16,7 @@ from ..layers.residual import DeepNorm, Parallel, PostNorm, PreNorm
 from .backbone import Backbone
 from .config import ArchConfig
 
-NORMS = {"rms_norm": nn.RMSNorm, "layer_norm": nn.LayerNorm}
+NORMS = {"rms_norm": RMSNorm, "layer_norm": nn.LayerNorm}
 WIRINGS = {"pre_norm": PreNorm, "post_norm": PostNorm, "deep_norm": DeepNorm, "parallel": Parallel}
 POSITIONS = {
     "none": NoPositions,

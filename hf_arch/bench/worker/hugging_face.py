@@ -113,6 +113,15 @@ class Rwkv4(Transformers):
         return self.model(input_ids=token, state=memory, use_cache=True).state
 
 
+class GPTNeo(Transformers):
+    """Layers that see all and layers with windows in turn. Each keeps a mask of all pairs: as few as passes need."""
+
+    def build(self, sizes, **options):
+        pairs = [[["global", "local"], sizes["num_hidden_layers"] // 2]]
+        sizes = sizes | {"max_position_embeddings": min(sizes["max_position_embeddings"], 8192)}
+        return super().build(sizes, fields={"attention_types": pairs, "window_size": 256}, **options)
+
+
 class Encoder(HuggingFace):
     """A model without a head, which learns to answer with zeros."""
 

@@ -80,6 +80,11 @@ class ArchLongformerConfig(ArchConfig):
         value = getattr(self, name)
         return value if isinstance(value, int) else value[layer_idx]
 
+    def causal_window(self, layer_idx: int) -> tuple[int, int, int]:
+        """What a layer of a decoder sees: window, dilation, first tokens."""
+        sizes = (self.of_layer(f"attention_{name}", layer_idx) for name in ("window", "dilation"))
+        return *sizes, self.num_global_tokens
+
     def validate_architecture(self):
         super().validate_architecture()
         if set(self.layer_types) != set(self.layer_pattern()):

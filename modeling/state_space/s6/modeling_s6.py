@@ -51,7 +51,7 @@ class S6(PiecewiseMixer):
     ) -> torch.Tensor:
         x, gate = self.in_proj(hidden_states).chunk(2, dim=-1)
         x, convolved = self.convolution(x, documents, memory)
-        x = F.silu(x)
+        x = F.silu(x, inplace=not x.requires_grad)
         step, key, query = self.x_proj(x).split(self.sizes, dim=-1)
 
         wide = torch.promote_types(x.dtype, torch.float32)

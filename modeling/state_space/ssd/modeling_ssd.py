@@ -10,23 +10,23 @@ from ...layers.mixer import PiecewiseMixer, carry_on
 from ...layers.short_convolution import ShortConvolution
 from ...layers.steps import initial_step_bias
 from ...ops.decayed_attention import chunk_decayed_attention, recurrent_decayed_attention
+from ...ops.gated_norm import gated_rms_norm
 from ...skeleton.backbone import Backbone
 from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
 from ...skeleton.heads import CausalLM
 from .configuration_ssd import ArchSSDConfig
 
 
-class GroupedRMSNorm(nn.Module):
-    """An RMSNorm of each group of numbers, with a weight for every number."""
+class GatedNorm(nn.Module):
+    """An RMSNorm of each group of gated numbers, with a weight for every number."""
 
     def __init__(self, size: int, groups: int, eps: float):
         super().__init__()
         self.groups, self.eps = groups, eps
         self.weight = nn.Parameter(torch.ones(size))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        grouped = x.unflatten(-1, (self.groups, -1))
-        return F.rms_norm(grouped, grouped.shape[-1:], eps=self.eps).flatten(-2) * self.weight
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return gated_rms_norm(x, gate, self.weight, self.groups, self.eps)
 
 
 class SSD(PiecewiseMixer):
@@ -51,7 +51,7 @@ class SSD(PiecewiseMixer):
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
         self.A_log = nn.Parameter(torch.empty(self.num_heads))
         self.D = nn.Parameter(torch.empty(self.num_heads))
-        self.norm = GroupedRMSNorm(inner, config.n_groups, config.norm_eps)
+        self.norm = GatedNorm(inner, config.n_groups, config.norm_eps)
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_bias)
 
     def init_parameters(self, std: float) -> None:
@@ -66,7 +66,7 @@ class SSD(PiecewiseMixer):
     ) -> torch.Tensor:
         gate, mixed, step = self.in_proj(hidden_states).split(self.sizes, dim=-1)
         mixed, convolved = self.convolution(mixed, documents, memory)
-        x, key, query = F.silu(mixed).split(self.mixed_sizes, dim=-1)
+        x, key, query = F.silu(mixed, inplace=not mixed.requires_grad).split(self.mixed_sizes, dim=-1)
         key, query = (shared.unflatten(-1, (self.n_groups, -1)) for shared in (key, query))
         x = x.unflatten(-1, (self.num_heads, -1))
 
@@ -74,14 +74,13 @@ class SSD(PiecewiseMixer):
         step = F.softplus(step.to(wide) + self.dt_bias.to(wide))
         if self.step_limit is not None:
             step = step.clamp(*self.step_limit)
-        tensors = query, key, x * step[..., None], -step * self.A_log.to(wide).exp()
+        tensors = query, key, x, -step * self.A_log.to(wide).exp(), step
         forms = recurrent_decayed_attention, chunk_decayed_attention
-        output, state = carry_on(forms, memory, "state", tensors, documents=documents)
+        output, state = carry_on(forms, memory, "state", tensors, skip=self.D, documents=documents)
         if memory is not None:
             memory.write(hidden_states.shape[1], **convolved, **state)
 
-        output = torch.addcmul(output, x, self.D[:, None]).flatten(-2).to(gate.dtype)
-        return self.out_proj(self.norm(output * F.silu(gate)))
+        return self.out_proj(self.norm(output.flatten(-2).to(gate.dtype), gate))
 
 
 class ArchSSDModel(Backbone):
