@@ -22,6 +22,7 @@ NOT_KEPT: dict[tuple[str, str], str] = {
 } | {
     ("hat", "test_num_layers_is_small"): "Three layers: inside segments, across, and inside again, to see all",
     ("retnet", "test_model_rope_scaling_from_config*"): "RetNet scales no rotations: its config refuses to",
+    ("routing_transformer", "test_model_rope_scaling_from_config*"): "Scales no rotations: its config refuses to",
     ("longformer", "test_model_rope_scaling_from_config*"): "Longformer's positions are a table: nothing is rotated",
     ("sparse_transformer", "test_model_rope_scaling_from_config*"): "GPT-3's positions are a table: nothing is rotated",
     ("reformer", "test_model_rope_scaling_from_config*"): "Reformer's positions are a grid: nothing is rotated",

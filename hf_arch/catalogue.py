@@ -208,6 +208,16 @@ ARCHITECTURES = (
         tiny={"segment_length": 16, "memory_length": 20},
     ),
     Architecture(
+        "routing_transformer",
+        "ArchRoutingTransformer",
+        family="long_context",
+        title="Routing Transformer",
+        paper="arXiv:2003.05997",
+        heads=(*DECODER, "ForMaskedLM"),
+        tiny={"num_clusters": 4, "cluster_size": 16, "num_local_heads": 2, "local_window": 12},
+        head_fields={"ForMaskedLM": {"direction": "bidirectional"}},
+    ),
+    Architecture(
         "longformer",
         "ArchLongformer",
         family="long_context",

@@ -255,6 +255,20 @@ def training_buffers() -> None:
         assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
+def centroids() -> None:
+    """Those of clusters, which begin from all that the first step saw."""
+
+    def routing() -> nn.Module:
+        return next(case for case in ROWS if case.row.name == "routing_transformer").build().train()
+
+    expected = train_toy(routing(), lambda ids: ids)
+    assert expected["model.layers.0.mixer.centroids.steps"] == 3
+    for model in (DistributedDataParallel(routing()), by_hand(routing())):
+        found = train_toy(model, share)
+        assert_equal_everywhere(found)
+        assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
 def retnet() -> nn.Module:
     return next(case for case in ROWS if case.row.name == "retnet").build()
 
@@ -335,7 +349,7 @@ def main(folder: Path, names: list[str]) -> None:
     tasks = [
         (str(case), check, (case, folder / f"{case}-{check.__name__}")) for case in cases for check in checks_of(case)
     ]
-    tasks += [("toy", training_buffers, ())]
+    tasks += [("toy", training_buffers, ()), ("toy", centroids, ())]
     tasks += [(f"{make.__name__} of {build.__name__}", trainer, (build, make, folder)) for build, make in TRAINERS]
     tasks += [(f"{check.__name__} in chunks", in_chunks, (check, CASES[0], folder / "chunks")) for check in CHUNKED]
     report: dict[str, dict[str, str]] = {}

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from hf_arch import ARCHITECTURES, Architecture
+from hf_arch.modeling.layers.centroids import Centroids
 from hf_arch.modeling.layers.experts import TopKRouter
 from hf_arch.modeling.long_context.reformer.modeling_reformer import LSHAttention
 
@@ -76,6 +77,10 @@ VARIANTS = {
             "memory_length": 7,
         }
         | {"feed_forward_types": ["gated", "sparse"], "num_local_experts": 4, "mlp_bias": False},
+    },
+    "routing_transformer": {
+        "turned": {"num_local_heads": [0, 4], "routed_norm": "unit", "rotary_routed": True, "attention_bias": True}
+        | {"feed_forward_types": ["gated", "sparse"], "num_local_experts": 4},
     },
     "longformer": {
         "wide": {"attention_window": 200},
@@ -246,6 +251,7 @@ ENCODERS = [Case(row, "ForMaskedLM") for row in ARCHITECTURES if "ForMaskedLM" i
 ALSO_ENCODERS = {
     "transformer": ("vaswani", "alibi", "t5"),
     "s4": ("bilinear",),
+    "routing_transformer": ("turned",),
     "longformer": ("wide", "layers", "questions"),
     "reformer": ("lsh",),
 }  # of the choices of decoders
@@ -260,16 +266,16 @@ ENCODERS += [
 
 @contextlib.contextmanager
 def held_choices():
-    """Each router chooses the experts, and each hash the buckets, that it chose first for as many tokens: a choice that
-    a rounding error turns says nothing of precision."""
-    held = {}
+    """Each router chooses the experts, each hash the buckets, and each head the clusters, that it chose first for as
+    many tokens: a choice that a rounding error turns says nothing of precision."""
+    held, choices = {}, ((TopKRouter, "choose"), (LSHAttention, "choose"), (Centroids, "nearest"))
 
-    def first_of(choose):
+    def first(choose):
         return lambda self, scores: held.setdefault((self, scores.shape[:-1]), choose(self, scores))
 
     with contextlib.ExitStack() as stack:
-        for chooser in (TopKRouter, LSHAttention):
-            stack.enter_context(patch.object(chooser, "choose", first_of(chooser.choose)))
+        for kind, name in choices:
+            stack.enter_context(patch.object(kind, name, first(getattr(kind, name))))
         yield
 
 

@@ -68,8 +68,9 @@ def test_the_loss_in_chunks_is_split_alike(folder, check):
     assert_passed(folder, f"{check} in chunks", "in_chunks")
 
 
-def test_training_buffers_are_alike_and_those_of_one_process(folder):
-    assert_passed(folder, "toy", "training_buffers")
+@pytest.mark.parametrize("check", ["training_buffers", "centroids"])
+def test_training_buffers_are_alike_and_those_of_one_process(folder, check):
+    assert_passed(folder, "toy", check)
 
 
 @pytest.mark.parametrize("build, make", TRAINERS)

@@ -24,6 +24,7 @@ from hf_arch.modeling.layers.pattern_attention import (
     StridedAttention,
 )
 from hf_arch.modeling.long_context.longformer.modeling_longformer import WindowAttention
+from hf_arch.modeling.long_context.routing_transformer.modeling_routing_transformer import Routing
 from hf_arch.modeling.long_context.transformer_xl.modeling_transformer_xl import SegmentRecurrence
 from hf_arch.modeling.ops.segment_rows import Window
 from hf_arch.modeling.skeleton.backbone import Backbone
@@ -180,6 +181,24 @@ def segment_recurrence(module: SegmentRecurrence, span: Span) -> Cost:
     return projections(module, span) + Cost(
         operations=6 * pairs * size, exponentials=pairs * module.num_heads, numbers=3 * keys * size
     )
+
+
+@cost.register
+def routing(module: Routing, span: Span) -> Cost:
+    """A token sees its block and the one before: of local heads, of all tokens; of routed ones, of a cluster, which are
+    taken to be of equal size. It is compared with all centroids."""
+    heads, total = module.num_local_heads, projections(module, span)
+    parts = [(heads, 1, module.local_window)] if heads else []
+    if module.centroids is not None:
+        routed, clusters, dim = module.centroids.value.shape
+        total += Cost(operations=2 * span.tokens * routed * clusters * dim, numbers=routed * clusters * dim)
+        parts.append((routed, clusters, module.cluster_size))
+    for heads, clusters, size in parts:
+        of_one = Span(-(-span.tokens // clusters), span.before // clusters)
+        pairs = segment_pairs(Window(size // 2, size // 2), of_one) * span.tokens / of_one.tokens
+        dim, keys = heads * module.head_dim, min(of_one.before + of_one.tokens, size)
+        total += Cost(operations=4 * pairs * dim, exponentials=pairs * heads, numbers=2 * keys * dim)
+    return total
 
 
 def projections(module: nn.Module, span: Span) -> Cost:

@@ -105,6 +105,22 @@ PEERS = (
             unaided=("transformers==4.36.2",),
         ),
     ),
+    Peer(
+        "routing_package",
+        "routing_transformer",
+        "lucidrains:RoutingTransformer",
+        measures=FORWARD,
+        environment=Environment(
+            "routing_package",
+            unaided=(
+                "routing-transformer==1.6.1",
+                "local-attention==1.4.3",
+                "product-key-memory==0.1.10",
+                "mixture-of-experts==0.2.3",
+                "einops==0.8.2",
+            ),
+        ),
+    ),
 )
 
 

@@ -183,6 +183,7 @@ RECURRENT = (
     "lsh_attention",
     "modal_hyena",
     "retention",
+    "routing",
     "rwkv4",
     "rwkv7",
     "s4",

@@ -30,10 +30,15 @@ class TrainingBuffer(nn.Module):
         self.seen: torch.Tensor | None = None
         self.watching = False  # whether the forward pass under way is one that backward will go through
 
-    def observe(self, statistic: torch.Tensor) -> None:
-        """Add to what was seen, in every process alike. Nothing in evaluation or when backward computes anew."""
+    @property
+    def learning(self) -> bool:
+        """Whether `observe` counts: not in evaluation, nor when backward computes anew."""
         in_backward = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        if self.training and self.watching and not in_backward:
+        return self.training and self.watching and not in_backward
+
+    def observe(self, statistic: torch.Tensor) -> None:
+        """Add to what was seen, in every process alike, where there is `learning`."""
+        if self.learning:
             statistic = statistic.detach().to(torch.promote_types(statistic.dtype, torch.float32))
             self.seen = statistic if self.seen is None else self.seen + statistic
 

@@ -154,6 +154,20 @@ def make_band(
     return band._replace(mask=mask.repeat(batch // len(documents), 1, 1)[:, None])
 
 
+def neighbouring_blocks(like: torch.Tensor, real: torch.Tensor | None, block: int) -> Band:
+    """The band of rows like `like` [rows, length, ...] in which a token sees its block, the one before and the one
+    after; `real` [rows, length] tells tokens from what comes after them."""
+    length = like.shape[1]
+    if real is None:
+        real = torch.ones(1, length, dtype=torch.bool, device=like.device)
+    around = 0 if length <= block else block
+    band = Band(length, min(block, length), around, around, 1, like, None, None)
+    queries = band.rows(real.long(), NO_QUERY).flatten(0, 1).unflatten(0, (-1, band.block))[..., None]
+    seen = queries == own_or_near(band, real.long())
+    mask = torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, -math.inf)
+    return band._replace(mask=mask.repeat(len(like) // len(real), 1, 1)[:, None])
+
+
 def order_of(documents: torch.Tensor) -> torch.Tensor | None:
     """The columns of real tokens, then those of padding; None where no padding lies between real tokens."""
     real = documents > 0

@@ -1,0 +1,38 @@
+"""Packages of lucidrains' (Phil Wang's) that have no model of transformers' kind."""
+
+import importlib
+
+import torch.nn.functional as F
+
+from .subject import Subject
+
+CONTEXT = 16384  # what its clusters are made for: they are as many at any length, each of WINDOW tokens
+WINDOW = 128
+
+
+class RoutingTransformer(Subject):
+    """Half of the heads local, as in ours."""
+
+    def __init__(self, shape: dict, longest: int, **options):
+        peer = importlib.import_module("routing_transformer")
+        heads = shape["num_attention_heads"]
+        self.model = peer.RoutingTransformerLM(
+            num_tokens=shape["vocab_size"],
+            dim=shape["hidden_size"],
+            depth=shape["num_hidden_layers"],
+            max_seq_len=CONTEXT,
+            heads=heads,
+            dim_head=shape["hidden_size"] // heads,
+            window_size=WINDOW,
+            causal=True,
+            n_local_attn_heads=heads // 2,
+            ff_mult=shape["intermediate_size"] // shape["hidden_size"],
+        )
+
+    def logits(self, ids):
+        return self.model(ids)[0]
+
+    def loss(self, ids):
+        """With that of the distance to centroids, as the package trains."""
+        logits, commitment = self.model(ids)
+        return F.cross_entropy(logits[0, :-1], ids[0, 1:]) + commitment.sum()
