@@ -225,6 +225,24 @@ ARCHITECTURES = (
         head_fields={"ForCausalLM": {"direction": "causal", "num_global_tokens": 2, "tie_word_embeddings": False}},
     ),
     Architecture(
+        "bigbird",
+        "ArchBigBird",
+        family="long_context",
+        title="BigBird",
+        paper="arXiv:2007.14062",
+        heads=(
+            *("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification"),
+            *("ForQuestionAnswering", "ForMultipleChoice", "ForCausalLM"),
+        ),
+        lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"),
+        tiny={"block_size": 4, "num_random_blocks": 2},
+        head_fields={"ForCausalLM": {"direction": "causal", "tie_word_embeddings": False}},
+        exceptions={
+            "bounded state": "A block at random may be any of the earlier ones: the cache holds all keys, of which a step "
+            "reads those that it sees.",
+        },
+    ),
+    Architecture(
         "mixtral",
         "ArchMixtral",
         family="moe",

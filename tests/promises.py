@@ -80,6 +80,9 @@ VARIANTS = {
         "layers": {"attention_window": [8, 12], "attention_dilation": [1, 2]},
         "questions": {"attention_window": 6, "attention_dilation": 3, "num_global_tokens": 5},
     },
+    "bigbird": {
+        "no_global_block": {"block_size": 16, "num_window_blocks": 1, "num_random_blocks": 3, "num_global_blocks": 0},
+    },
     "mixtral": {"sliding": {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9}},
     "hat": {
         "one_level": {"segment_lengths": [], "layer_types": ["level_0"] * 3},
@@ -222,6 +225,7 @@ ALSO_ENCODERS = {
     "transformer": ("vaswani", "alibi", "t5"),
     "s4": ("bilinear",),
     "longformer": ("wide", "layers", "questions"),
+    "bigbird": ("no_global_block",),
 }  # of the choices of decoders
 ENCODERS += [
     Case(case.row, case.head, f"bidirectional_{name}", VARIANTS[case.row.name][name])
@@ -230,6 +234,11 @@ ENCODERS += [
     for case in ENCODERS
     for name in ALSO_ENCODERS.get(case.row.name, VARIANTS.get(case.row.name, {}))
 ]
+ENCODERS += [
+    Case(case.row, case.head, "extended", {"num_extra_global_tokens": 6, "num_random_blocks": 1})
+    for case in ENCODERS
+    if case.row.name == "bigbird" and not case.variant
+]  # which a decoder cannot be
 
 
 @contextlib.contextmanager

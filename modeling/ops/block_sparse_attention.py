@@ -1,0 +1,180 @@
+"""Attention of blocks of queries to a few blocks of keys each (BigBird, arXiv:2007.14062, appendix D).
+
+Texts are cut into blocks of real tokens, each from its own first token: nothing rests on padding or packing. A pattern
+names, for each block of queries, the blocks of keys that it sees: these are gathered, block by block, beside one
+another. Cost and memory are linear in the number of pairs of blocks that see each other.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from .banded_attention import Kernel, fused
+from .documents import EvenlyUnpacked, Unpacked, left_aligned
+
+# Numbers of gathered keys at once: without a backward pass few, which stay in a CPU's cache; with one, each piece would
+# cost a pass over the gradient of all keys
+AT_ONCE = {False: 2**20, True: 2**26}
+NO_BLOCK = -1  # in the place of the index of a block
+
+
+class Blocks(NamedTuple):
+    """Texts cut into blocks: all blocks of a batch in a row, those of a text side by side, in order."""
+
+    cut: Unpacked | EvenlyUnpacked
+    shape: torch.Size  # [batch, length]
+    place: torch.Tensor  # [blocks] where a block stands in its text; below 0, a block of tokens ahead of it
+    first: torch.Tensor  # [blocks] the index of the first block of its text
+    count: torch.Tensor  # [blocks] how many blocks its text has
+    longest: int  # blocks of the longest text
+    ahead: int  # blocks of tokens ahead of each text
+
+    @property
+    def size(self) -> int:
+        return self.cut.size if isinstance(self.cut, EvenlyUnpacked) else self.cut.longest
+
+    def ends(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The indices of the blocks ahead of their text and of its `first` and `last` ones, [rows, several] where those
+        of a text are side by side, and of all others [rows]."""
+        if isinstance(self.cut, EvenlyUnpacked):
+            index = torch.arange(len(self.place), device=self.place.device).view(-1, self.longest)
+            end = max(first, self.longest - last)
+            return torch.cat((index[:, :first], index[:, end:]), dim=1), index[:, first:end].flatten()
+        at_end = (self.place < first) | (self.place >= self.count - last)
+        return at_end.nonzero(), (~at_end).nonzero().squeeze(-1)
+
+    def of_text(self, block: torch.Tensor) -> torch.Tensor:
+        """[rows, most blocks] the indices of all blocks of the texts that the blocks [rows] are of."""
+        place = torch.arange(-self.ahead, self.longest, device=block.device)
+        return torch.where(place < self.count[block, None], self.first[block, None] + place, NO_BLOCK)
+
+
+def cut_into_blocks(tokens: torch.Tensor, documents: torch.Tensor | None, size: int, ahead: int = 0) -> Blocks:
+    """The blocks of `size` tokens of a batch `tokens` [batch, length, ...]; documents [batch, length] as in
+    `documents.py`. The first `ahead` columns are tokens ahead of the texts, as many of each document, in blocks of
+    their own."""
+    batch, length = tokens.shape[:2]
+    if documents is None and ahead == 0:
+        count = -(-length // size)
+        index = torch.arange(batch * count, device=tokens.device)
+        cut = EvenlyUnpacked(1, min(size, length), batch, length, tokens.device)
+        return Blocks(cut, tokens.shape[:2], index % count, index - index % count, torch.full_like(index, count), count, 0)
+    if documents is None:
+        documents = torch.ones(batch, length, dtype=torch.long, device=tokens.device)
+    token = documents.flatten().nonzero().squeeze(-1)
+    text = (token // length) * (length + 1) + documents.flatten()[token]
+    text, order = text.sort(stable=True)  # those ahead of a text come right before it
+    token = token[order]
+    is_ahead = token % length < ahead
+    changes = torch.ones_like(is_ahead)
+    changes[1:] = (text.diff() != 0) | (is_ahead.diff() != 0)
+    begins = left_aligned(token, changes, length).place % size == 0
+    return numbered(left_aligned(token, begins, length), tokens.shape[:2], text[begins], is_ahead[begins])
+
+
+def numbered(cut: Unpacked, shape: torch.Size, text: torch.Tensor, is_ahead: torch.Tensor) -> Blocks:
+    """text [blocks] tells those of one text, side by side, from others."""
+    _, text, total = text.unique_consecutive(return_inverse=True, return_counts=True)
+    ahead = torch.zeros_like(total).index_add_(0, text, is_ahead.long())
+    first = (total.cumsum(0) - total + ahead)[text]
+    place = torch.arange(len(text), device=text.device) - first
+    longest, most = (int(x.max()) if len(x) else 0 for x in (total - ahead, ahead))
+    return Blocks(cut, shape, place, first, (total - ahead)[text], longest, most)
+
+
+class Group(NamedTuple):
+    """Blocks of queries that see as many blocks of keys."""
+
+    queries: torch.Tensor  # [rows, several] which see the same
+    keys: torch.Tensor  # [rows, count] NO_BLOCK where there are fewer; a block that comes twice counts twice
+    mask: torch.Tensor  # [rows, 1, 1 or several * size, count * size] added to the scores
+
+
+class BlockPattern(NamedTuple):
+    """Who sees whom in a batch: made once by `make_pattern` for all layers that see the same."""
+
+    blocks: Blocks
+    groups: tuple[Group, ...]
+    where: torch.Tensor  # [blocks] the place of each block among the queries of all groups
+
+
+def make_pattern(
+    blocks: Blocks, groups: Sequence[tuple[torch.Tensor, torch.Tensor]], like: torch.Tensor, causal: bool = False
+) -> BlockPattern:
+    """groups: (queries [rows, several], keys [rows, count]), the indices of blocks; queries of no group get no answer
+    that means anything. `causal`: within a block, a token sees none after it. `like` has the type of the scores."""
+    made = []
+    for queries, keys in groups:
+        if not queries.numel():
+            continue
+        hidden = (keys == NO_BLOCK)[..., None].expand(-1, -1, blocks.size)
+        if blocks.cut.real is not None:
+            hidden = hidden | ~blocks.cut.real[keys.clamp(min=0)]
+        hidden = hidden.flatten(1)[:, None]
+        if causal:
+            slot = torch.arange(blocks.size, device=keys.device)
+            later = (keys[:, None, :] == queries[:, :, None])[:, :, None, :, None] & (slot > slot[:, None, None])
+            hidden = hidden | later.flatten(3).flatten(1, 2)
+        mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -math.inf)
+        made.append(Group(queries, keys.clamp(min=0), mask[:, None]))
+    asked = torch.cat([group.queries.flatten() for group in made]) if made else blocks.place
+    where = torch.zeros_like(blocks.place).index_put((asked,), torch.arange(len(asked), device=asked.device))
+    return BlockPattern(blocks, tuple(made), where)
+
+
+def block_sparse_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: BlockPattern,
+    *,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    kernel: Kernel = fused,
+) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
+    """softmax(q k^T scale) v over what the pattern shows; padding answers with its own value.
+
+    query, key, value [batch, length, heads, dim]. Answers ([batch, length, heads, dim], weights of groups or None):
+    `dense_weights` brings those into the usual form.
+    """
+    cut, outputs, weights = pattern.blocks.cut, [], []
+    blocks = [cut.unpack(x) for x in (query, key, value)]
+    for group in pattern.groups:
+        output, seen = attend_in_pieces(*blocks, group, kernel, scale=scale, dropout=dropout)
+        outputs.append(output)
+        weights.append(seen)
+    output = torch.cat(outputs)[pattern.where] if outputs else blocks[0]
+    return cut.repack_into(value, output).contiguous(), None if kernel is fused else weights
+
+
+def attend_in_pieces(query, key, value, group: Group, kernel: Kernel, **options):
+    """The answers of a group [rows * several, size, heads, dim], and its weights [rows, heads, several * size, keys]."""
+    numbers = group.keys.shape[1] * key[0].numel()
+    rows = max(1, AT_ONCE[torch.is_grad_enabled()] // max(1, numbers))
+    outputs, weights = [], []
+    for queries, keys, mask in zip(*(x.split(rows) for x in group), strict=True):
+        gathered = (
+            x.index_select(0, index.flatten()).unflatten(0, index.shape).flatten(1, 2).transpose(1, 2)
+            for x, index in ((query, queries), (key, keys), (value, keys))
+        )
+        mask = mask.to(query.dtype).expand(-1, -1, queries.shape[1] * query.shape[1], -1)
+        output, seen = kernel(*gathered, mask, **options)
+        outputs.append(output.transpose(1, 2).unflatten(1, (queries.shape[1], -1)).flatten(0, 1))
+        weights.append(seen)
+    return torch.cat(outputs), None if weights[0] is None else torch.cat(weights)
+
+
+def dense_weights(weights: Sequence[torch.Tensor], pattern: BlockPattern) -> torch.Tensor:
+    """Weights of groups as [batch, heads, length, length]: as large as those of full attention. Padding sees itself."""
+    cut, (batch, length) = pattern.blocks.cut, pattern.blocks.shape
+    column = cut.unpack(torch.arange(length, device=pattern.where.device).expand(batch, -1))
+    rows = []
+    for group, of_group in zip(pattern.groups, weights, strict=True):
+        index = column[group.keys].flatten(1)[:, None, None].expand_as(of_group)
+        dense = of_group.new_zeros(*of_group.shape[:3], length).scatter_add(3, index, of_group)
+        rows.append(dense.transpose(1, 2).unflatten(1, (group.queries.shape[1], -1)).flatten(0, 1))
+    own = torch.eye(length, device=column.device, dtype=rows[0].dtype)[None, :, None]
+    own = own.expand(batch, -1, rows[0].shape[2], -1)
+    return cut.repack_into(own, torch.cat(rows)[pattern.where]).transpose(1, 2)
