@@ -28,7 +28,8 @@ ENCODER_DECODER = (
     "ForQuestionAnswering",
 )
 FULL_ATTENTION = {
-    "bounded state": "Full attention looks at every earlier key: the cache, and a step, grow with the text.",
+    "bounded state": "Full attention looks at every earlier key: the cache grows with the text.",
+    "bounded step": "And so does a step.",
     "linear cost": "Full attention compares all pairs of tokens.",
 }
 SETS_OF_HEADS = {"decoder": DECODER, "encoder-decoder": ENCODER_DECODER}
@@ -179,9 +180,10 @@ ARCHITECTURES = (
         ),
         tiny={"filter_frequency": 1.0},
         exceptions={
-            "bounded state": "A filter is as long as the text: each step reads all earlier tokens, and the cache holds "
-            "them, up to max_position_embeddings. Layers of type modal_hyena, into which `hf_arch.distill` turns the "
+            "bounded state": "A filter is as long as the text: the cache holds all earlier tokens, up to "
+            "max_position_embeddings. Layers of type modal_hyena, into which `hf_arch.distill` turns the "
             "others, keep a small state of fixed size.",
+            "bounded step": "And a step reads them.",
         },
     ),
     Architecture(
@@ -238,8 +240,8 @@ ARCHITECTURES = (
         tiny={"block_size": 4, "num_random_blocks": 2},
         head_fields={"ForCausalLM": {"direction": "causal", "tie_word_embeddings": False}},
         exceptions={
-            "bounded state": "A block at random may be any of the earlier ones: the cache holds all keys, of which a step "
-            "reads those that it sees.",
+            "bounded state": "A block at random may be any of the earlier ones: the cache holds all keys. A step reads "
+            "those that it sees, as many after any text.",
         },
     ),
     Architecture(

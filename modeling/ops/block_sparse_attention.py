@@ -60,7 +60,9 @@ def cut_into_blocks(tokens: torch.Tensor, documents: torch.Tensor | None, size: 
         count = -(-length // size)
         index = torch.arange(batch * count, device=tokens.device)
         cut = EvenlyUnpacked(1, min(size, length), batch, length, tokens.device)
-        return Blocks(cut, tokens.shape[:2], index % count, index - index % count, torch.full_like(index, count), count, 0)
+        return Blocks(
+            cut, tokens.shape[:2], index % count, index - index % count, torch.full_like(index, count), count, 0
+        )
     if documents is None:
         documents = torch.ones(batch, length, dtype=torch.long, device=tokens.device)
     token = documents.flatten().nonzero().squeeze(-1)
@@ -150,7 +152,7 @@ def block_sparse_attention(
 
 
 def attend_in_pieces(query, key, value, group: Group, kernel: Kernel, **options):
-    """The answers of a group [rows * several, size, heads, dim], and its weights [rows, heads, several * size, keys]."""
+    """What a group answers [rows * several, size, heads, dim], and its weights [rows, heads, several * size, keys]."""
     numbers = group.keys.shape[1] * key[0].numel()
     rows = max(1, AT_ONCE[torch.is_grad_enabled()] // max(1, numbers))
     outputs, weights = [], []

@@ -1,7 +1,7 @@
 """Which blocks a block sees: a window, some that all see, and some at random (BigBird, arXiv:2007.14062, section 2).
 
-Those at random are the ones with the highest priority among those that are left, and the priority of block j for block i
-is a hash of (seed, layer, i, j): nothing else decides, neither how long other texts are nor where padding is, nor
+Those at random are the ones with the highest priority among those that are left, and the priority of block j for block
+i is a hash of (seed, layer, i, j): nothing else decides, neither how long other texts are nor where padding is, nor
 whether the model is trained.
 """
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from .block_sparse_attention import NO_BLOCK, BlockPattern, Blocks, make_pattern
+from .block_sparse_attention import NO_BLOCK, Blocks, make_pattern
 
 HASHED_AT_ONCE = 2**16  # priorities: few, since there is one for every pair of blocks
 NOWHERE = -(2**30)  # in the place of the place of a block

@@ -20,8 +20,8 @@ class ArchBigBirdConfig(ArchConfig):
     num_random_blocks (`int`, defaults to 3):
         How many others it sees, chosen by a hash of `random_seed`, the layer, and both their places.
     num_global_blocks (`int`, defaults to 1):
-        How many blocks at the start of each document all see, and, of an encoder, as many at its end; these blocks of an
-        encoder see all (internal transformer construction, ITC).
+        How many blocks at the start of each document all see, and, of an encoder, as many at its end; these blocks of
+        an encoder see all (internal transformer construction, ITC).
     num_extra_global_tokens (`int`, defaults to 0):
         How many learned tokens ahead of each document see all of it, and all of it sees (extended transformer
         construction, ETC). With them, `num_global_blocks` is 0 by default.

@@ -116,6 +116,7 @@ def block_mask(
             return step_mask(config, real, padded=attention_mask is not None)
         return going_on(config, inputs_embeds, real.long(), int(before))
     if documents is None:
+        attention_mask = None if attention_mask is None else attention_mask[:, :length]
         told = {"past_key_values": past_key_values, "position_ids": position_ids}
         documents = number_documents(config, inputs_embeds, attention_mask, **told)
     blocks = cut_into_blocks(inputs_embeds, documents, config.block_size, ahead)
@@ -209,8 +210,14 @@ class ArchBigBirdModel(Backbone):
             outputs.hidden_states = tuple(x[:, extended["ahead"] :] for x in outputs.hidden_states)
         return outputs
 
+    def make_masks(self, inputs_embeds, attention_mask, past_key_values, position_ids, **context):
+        """What generate() hands over ready, tells which columns of a cache are real."""
+        if isinstance(attention_mask, dict):
+            attention_mask = attention_mask[self.config.layer_types[0]]
+        return super().make_masks(inputs_embeds, attention_mask, past_key_values, position_ids, **context)
+
     def extend(self, text: torch.Tensor, attention_mask, position_ids, token_type_ids) -> dict:
-        """The inputs with the global tokens of each document, at position -1, ahead of the text [batch, length, size]."""
+        """The inputs with each document's global tokens, at position -1, ahead of `text` [batch, length, size]."""
         documents = number_documents(self.config, text, attention_mask, position_ids=position_ids)
         if documents is None:
             documents = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
@@ -220,10 +227,10 @@ class ArchBigBirdModel(Backbone):
         owner = torch.arange(1, most + 1, device=text.device).repeat_interleave(count).expand(len(text), -1)
         owner = owner * (owner <= documents.amax(1, keepdim=True))
         documents = torch.cat((owner, documents), dim=1)
-        of_documents = self.embed_positions.embed_global_tokens.weight.repeat(most, 1).expand(len(text), -1, -1).to(text.dtype)
+        embeds = self.embed_positions.embed_global_tokens.weight.repeat(most, 1).to(text.dtype)
         ahead, types = owner.shape[1], token_type_ids
         return {
-            "inputs_embeds": torch.cat((of_documents, text), dim=1),
+            "inputs_embeds": torch.cat((embeds.expand(len(text), -1, -1), text), dim=1),
             "attention_mask": (documents > 0).long(),
             "position_ids": F.pad(position_ids.expand(len(text), -1), (ahead, 0), value=-1),
             "token_type_ids": None if types is None else F.pad(types, (ahead, 0)),
@@ -235,6 +242,13 @@ class ArchBigBirdModel(Backbone):
 class ArchBigBirdForCausalLM(CausalLM):
     config: ArchBigBirdConfig
     backbone = ArchBigBirdModel
+
+    def create_masks_for_generate(self, config, inputs_embeds, attention_mask, past_key_values, **kwargs):
+        """generate() wants tensors: which columns of the static cache hold, or will now hold, real tokens."""
+        length = inputs_embeds.shape[1]
+        before, (columns, _) = past_key_values.get_seq_length(), past_key_values.get_mask_sizes(length, 0)
+        real = real_columns(inputs_embeds, attention_mask, before, columns)
+        return dict.fromkeys(self.config.layer_types, real)
 
 
 class ArchBigBirdForMaskedLM(MaskedLM):
