@@ -1,5 +1,5 @@
-"""Block-sparse attention equals its definition, over lengths, edges of blocks, padding and packing; the blocks are those
-that the paper and the hash say; and it costs what is linear in the length."""
+"""Block-sparse attention equals its definition, over lengths, edges of blocks, padding and packing; the blocks are
+those that the paper and the hash say; and it costs what is linear in the length."""
 
 import math
 
@@ -52,8 +52,8 @@ def blocks_seen(choice: BlockChoice, i: int, count: int) -> set[int]:
 
 
 def visible(choice: BlockChoice, documents: torch.Tensor) -> torch.Tensor:
-    """The definition: [batch, length, length], whether a query (row) sees a key."""
-    seen = torch.zeros(*documents.shape, documents.shape[1], dtype=torch.bool)
+    """The definition: [batch, length, length], whether a query (row) sees a key. Padding sees itself."""
+    seen = torch.diag_embed(documents == 0)
     for row, numbers in enumerate(documents.tolist()):
         for number in set(numbers) - {0}:
             columns = [column for column, of in enumerate(numbers) if of == number]

@@ -38,6 +38,7 @@ MIXTRAL = {"config": "MixtralConfig", "model": "MixtralForCausalLM"}
 # it, which is bearable for few tokens
 EXPERTS = {name: {"fields": {"experts_implementation": name}} for name in ("grouped_mm", "eager", "batched_mm")}
 LONGFORMER = {"config": "LongformerConfig", "model": "LongformerForMaskedLM", "padding_rows": 2}
+BIGBIRD = {"config": "BigBirdConfig", "model": "BigBirdForMaskedLM"}
 T5 = {"config": "T5Config", "model": "T5EncoderModel", "fields": {"feed_forward_proj": "gated-gelu"}}
 
 PEERS = (
@@ -54,6 +55,7 @@ PEERS = (
     ),
     Peer("longformer", "hat", "hugging_face:Transformers", LONGFORMER, measures=FORWARD),
     Peer("longformer_chunks", "longformer", "hugging_face:Transformers", LONGFORMER, measures=FORWARD),
+    Peer("big_bird", "bigbird", "hugging_face:Transformers", BIGBIRD, measures=FORWARD),
     Peer("t5_encoder", "encoder_decoder", "hugging_face:T5Encoder", T5, measures=FORWARD),
     Peer("mamba", "s6", "hugging_face:Mamba", MAMBA, measures=("forward", *DECODE)),  # its backward is quadratic
     Peer(
