@@ -89,7 +89,7 @@ def some_documents(kind: str, length: int) -> torch.Tensor | None:
 
 def attend(leaves, choice, documents, kernel=fused):
     blocks = cut_into_blocks(leaves[0], documents, SIZE)
-    pattern = choice.pattern(blocks, LAYER, leaves[0])
+    pattern = choice.pattern(blocks, LAYER)
     output, weights = block_sparse_attention(*leaves, pattern, kernel=kernel)
     return output, weights, pattern
 
@@ -140,7 +140,7 @@ def test_all_blocks_are_full_attention(causal):
 def test_a_block_that_is_named_twice_counts_twice():
     query, key, value = leaves = tensors(8, batch=1)
     blocks = cut_into_blocks(query, None, SIZE)
-    pattern = make_pattern(blocks, [(torch.tensor([[0], [1]]), torch.tensor([[0, 1, 1], [0, 1, -1]]))], query)
+    pattern = make_pattern(blocks, [(torch.tensor([[0], [1]]), torch.tensor([[0, 1, 1], [0, 1, -1]]))])
     found, _ = block_sparse_attention(*leaves, pattern)
     twice = torch.cat((key, key[:, 4:]), dim=1), torch.cat((value, value[:, 4:]), dim=1)
     assert_close(found[:, :4], dense(query[:, :4], *twice, torch.ones(1, 4, 12).bool()), **CLOSE)

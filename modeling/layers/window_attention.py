@@ -6,11 +6,9 @@ import torch.nn.functional as F
 from ..ops.banded_attention import (
     banded_attention,
     dense_weights,
-    fused,
     make_band,
     take,
     visible_in_band,
-    written_out,
 )
 from ..ops.documents import first_of_documents
 from .attention import Attention
@@ -59,12 +57,8 @@ class CausalWindowAttention(Attention):
     def see(self, query, key, value, documents, landmarks, count, output_attentions=None):
         """What the queries see among the keys beside them: ([batch, length, heads, dim], weights or None)."""
         band = make_band(query[..., 0, 0], self.before, 0, self.dilation, documents, landmarks, count)
-        kernel = written_out if self.config._attn_implementation == "eager" else fused
-        output, weights = banded_attention(query, key, value, band, kernel=kernel, **self.options())
+        output, weights = banded_attention(query, key, value, band, **self.block_options())
         return output, dense_weights(weights, band) if output_attentions and weights is not None else None
-
-    def options(self) -> dict:
-        return {"scale": self.scaling, "dropout": self.attention_dropout if self.training else 0.0}
 
     def go_on(self, query: torch.Tensor, real: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """The same where the queries are the last of the keys; `real` [batch, keys]."""
@@ -77,8 +71,9 @@ class CausalWindowAttention(Attention):
         mask = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill_(~seen, -torch.inf)
         groups = query.shape[2] // key.shape[2]
         key, value = (x.repeat_interleave(groups, dim=2) for x in (key, value))
-        kernel = written_out if self.config._attn_implementation == "eager" else fused
-        output, _ = kernel(*(x.transpose(1, 2) for x in (query, key, value)), mask[:, None], **self.options())
+        options = self.block_options()
+        kernel = options.pop("kernel")
+        output, _ = kernel(*(x.transpose(1, 2) for x in (query, key, value)), mask[:, None], **options)
         return output.transpose(1, 2)
 
     def recall(self, memory: RecurrentCacheLayer, real: torch.Tensor, key: torch.Tensor, value: torch.Tensor):

@@ -90,8 +90,19 @@ class Group(NamedTuple):
     """Blocks of queries that see as many blocks of keys."""
 
     queries: torch.Tensor  # [rows, several] which see the same
-    keys: torch.Tensor  # [rows, count] NO_BLOCK where there are fewer; a block that comes twice counts twice
-    mask: torch.Tensor  # [rows, 1, 1 or several * size, count * size] added to the scores
+    keys: torch.Tensor  # [rows, count]; a block that comes twice counts twice
+    hidden: torch.Tensor  # [rows, count, size] the keys that are none
+
+    def mask(self, like: torch.Tensor, causal: bool) -> torch.Tensor:
+        """[rows, 1, several * size, count * size], added to the scores; made when it is needed, since it is large."""
+        (several, size), hidden = (self.queries.shape[1], self.hidden.shape[-1]), self.hidden[:, None, None]
+        if causal:
+            slot = torch.arange(size, device=like.device)
+            own = self.queries[:, :, None] == self.keys[:, None]
+            hidden = hidden | (own[:, :, None, :, None] & (slot > slot[:, None, None]))
+        hidden = hidden.flatten(3).flatten(1, 2)[:, None]
+        mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -math.inf)
+        return mask.expand(-1, -1, several * size, -1)
 
 
 class BlockPattern(NamedTuple):
@@ -100,30 +111,23 @@ class BlockPattern(NamedTuple):
     blocks: Blocks
     groups: tuple[Group, ...]
     where: torch.Tensor  # [blocks] the place of each block among the queries of all groups
+    causal: bool  # within a block, a token sees none after it
 
 
 def make_pattern(
-    blocks: Blocks, groups: Sequence[tuple[torch.Tensor, torch.Tensor]], like: torch.Tensor, causal: bool = False
+    blocks: Blocks, groups: Sequence[tuple[torch.Tensor, torch.Tensor]], causal: bool = False
 ) -> BlockPattern:
-    """groups: (queries [rows, several], keys [rows, count]), the indices of blocks; queries of no group get no answer
-    that means anything. `causal`: within a block, a token sees none after it. `like` has the type of the scores."""
+    """groups: (queries [rows, several], keys [rows, count]), the indices of blocks, NO_BLOCK where keys are fewer;
+    queries of no group get no answer that means anything."""
     made = []
     for queries, keys in groups:
-        if not queries.numel():
-            continue
-        hidden = (keys == NO_BLOCK)[..., None].expand(-1, -1, blocks.size)
-        if blocks.cut.real is not None:
-            hidden = hidden | ~blocks.cut.real[keys.clamp(min=0)]
-        hidden = hidden.flatten(1)[:, None]
-        if causal:
-            slot = torch.arange(blocks.size, device=keys.device)
-            later = (keys[:, None, :] == queries[:, :, None])[:, :, None, :, None] & (slot > slot[:, None, None])
-            hidden = hidden | later.flatten(3).flatten(1, 2)
-        mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -math.inf)
-        made.append(Group(queries, keys.clamp(min=0), mask[:, None]))
+        if queries.numel():
+            hidden = (keys == NO_BLOCK)[..., None].expand(-1, -1, blocks.size)
+            keys, real = keys.clamp(min=0), blocks.cut.real
+            made.append(Group(queries, keys, hidden if real is None else hidden | ~real[keys]))
     asked = torch.cat([group.queries.flatten() for group in made]) if made else blocks.place
     where = torch.zeros_like(blocks.place).index_put((asked,), torch.arange(len(asked), device=asked.device))
-    return BlockPattern(blocks, tuple(made), where)
+    return BlockPattern(blocks, tuple(made), where, causal)
 
 
 def block_sparse_attention(
@@ -144,26 +148,25 @@ def block_sparse_attention(
     cut, outputs, weights = pattern.blocks.cut, [], []
     blocks = [cut.unpack(x) for x in (query, key, value)]
     for group in pattern.groups:
-        output, seen = attend_in_pieces(*blocks, group, kernel, scale=scale, dropout=dropout)
+        output, seen = attend_in_pieces(*blocks, group, pattern.causal, kernel, scale=scale, dropout=dropout)
         outputs.append(output)
         weights.append(seen)
     output = torch.cat(outputs)[pattern.where] if outputs else blocks[0]
     return cut.repack_into(value, output).contiguous(), None if kernel is fused else weights
 
 
-def attend_in_pieces(query, key, value, group: Group, kernel: Kernel, **options):
+def attend_in_pieces(query, key, value, group: Group, causal: bool, kernel: Kernel, **options):
     """What a group answers [rows * several, size, heads, dim], and its weights [rows, heads, several * size, keys]."""
     numbers = group.keys.shape[1] * key[0].numel()
     rows = max(1, AT_ONCE[torch.is_grad_enabled()] // max(1, numbers))
     outputs, weights = [], []
-    for queries, keys, mask in zip(*(x.split(rows) for x in group), strict=True):
+    for piece in (Group(*parts) for parts in zip(*(x.split(rows) for x in group), strict=True)):
         gathered = (
             x.index_select(0, index.flatten()).unflatten(0, index.shape).flatten(1, 2).transpose(1, 2)
-            for x, index in ((query, queries), (key, keys), (value, keys))
+            for x, index in ((query, piece.queries), (key, piece.keys), (value, piece.keys))
         )
-        mask = mask.to(query.dtype).expand(-1, -1, queries.shape[1] * query.shape[1], -1)
-        output, seen = kernel(*gathered, mask, **options)
-        outputs.append(output.transpose(1, 2).unflatten(1, (queries.shape[1], -1)).flatten(0, 1))
+        output, seen = kernel(*gathered, piece.mask(query, causal), **options)
+        outputs.append(output.transpose(1, 2).unflatten(1, (piece.queries.shape[1], -1)).flatten(0, 1))
         weights.append(seen)
     return torch.cat(outputs), None if weights[0] is None else torch.cat(weights)
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from .block_sparse_attention import NO_BLOCK, Blocks, make_pattern
+from .block_sparse_attention import NO_BLOCK, BlockPattern, Blocks, make_pattern
 
 HASHED_AT_ONCE = 2**16  # priorities: few, since there is one for every pair of blocks
 NOWHERE = -(2**30)  # in the place of the place of a block
@@ -63,7 +63,7 @@ class BlockChoice(NamedTuple):
             found.append(torch.where(best == NOWHERE, NOWHERE, best & (2**24 - 1)))
         return torch.cat(found)
 
-    def pattern(self, blocks: Blocks, layer: int, like: torch.Tensor, asked: torch.Tensor | None = None):
+    def pattern(self, blocks: Blocks, layer: int, asked: torch.Tensor | None = None) -> BlockPattern:
         """What the blocks of texts, or those `asked` [rows] for, see in a layer. Of an encoder, the blocks that all see
         see all."""
         if self.causal:
@@ -73,7 +73,7 @@ class BlockChoice(NamedTuple):
             ends, rows = blocks.ends(self.first, self.last)
             groups = ((ends, blocks.of_text(ends[:, 0]) if ends.numel() else ends),)
         groups = ((rows[:, None], self.keys(blocks, rows, layer)), *groups)
-        return make_pattern(blocks, groups, like, self.causal)
+        return make_pattern(blocks, groups, self.causal)
 
     def keys(self, blocks: Blocks, rows: torch.Tensor, layer: int) -> torch.Tensor:
         """[rows, count] the indices of the blocks that the blocks `rows` see, in order, those that are none at last."""

@@ -13,7 +13,6 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from ...layers.attention import Attention
 from ...layers.positions import LearnedPositions
 from ...layers.residual import PostNorm
-from ...ops.banded_attention import fused, written_out
 from ...ops.block_sparse_attention import BlockPattern, block_sparse_attention, cut_into_blocks, dense_weights
 from ...skeleton.backbone import Backbone
 from ...skeleton.checks import check_inputs
@@ -39,8 +38,6 @@ class StepMask(NamedTuple):
 
 class BlockSparseAttention(Attention):
     """Softmax attention to the tokens of a few blocks."""
-
-    is_causal = False
 
     def forward(
         self,
@@ -69,7 +66,7 @@ class BlockSparseAttention(Attention):
         return self.answer(output[:, before : before + length], None)
 
     def see(self, query, key, value, pattern: BlockPattern, output_attentions: bool | None = None):
-        output, weights = block_sparse_attention(query, key, value, pattern, **self.options())
+        output, weights = block_sparse_attention(query, key, value, pattern, **self.block_options())
         return output, dense_weights(weights, pattern) if output_attentions and weights else None
 
     def step(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, told: StepMask, layer_idx: int):
@@ -78,20 +75,9 @@ class BlockSparseAttention(Attention):
         row = torch.arange(len(columns), device=columns.device)[:, None]
         key, value = (x[row, columns].transpose(1, 2) for x in (key, value))
         mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill_(hidden, -torch.inf)
-        options = self.options()
+        options = self.block_options()
         kernel = options.pop("kernel")
         return kernel(query.transpose(1, 2), key, value, mask[:, None, None], **options)[0].transpose(1, 2)
-
-    def options(self) -> dict:
-        dropout = self.attention_dropout if self.training else 0.0
-        kernel = written_out if self.config._attn_implementation == "eager" else fused
-        return {"scale": self.scaling, "dropout": dropout, "kernel": kernel}
-
-
-class CausalBlockSparseAttention(BlockSparseAttention):
-    """The same, to blocks up to its own, of which a token sees those not after it."""
-
-    is_causal = True
 
 
 def block_mask(
@@ -114,13 +100,13 @@ def block_mask(
         real = real_columns(inputs_embeds, attention_mask, before, columns)
         if length == 1:
             return step_mask(config, real, padded=attention_mask is not None)
-        return going_on(config, inputs_embeds, real.long(), int(before))
+        return going_on(config, real.long(), int(before))
     if documents is None:
         attention_mask = None if attention_mask is None else attention_mask[:, :length]
         told = {"past_key_values": past_key_values, "position_ids": position_ids}
         documents = number_documents(config, inputs_embeds, attention_mask, **told)
     blocks = cut_into_blocks(inputs_embeds, documents, config.block_size, ahead)
-    return in_layers(config, lambda layer: config.block_choice.pattern(blocks, layer, inputs_embeds), 0)
+    return in_layers(config, lambda layer: config.block_choice.pattern(blocks, layer), 0)
 
 
 def in_layers(config: ArchBigBirdConfig, make, before: int) -> BlockMask:
@@ -135,12 +121,12 @@ def real_columns(inputs_embeds, attention_mask, before: int | torch.Tensor, colu
     return (torch.arange(columns, device=inputs_embeds.device) < before + length).expand(batch, -1)
 
 
-def going_on(config: ArchBigBirdConfig, like: torch.Tensor, documents: torch.Tensor, before: int) -> BlockMask:
+def going_on(config: ArchBigBirdConfig, documents: torch.Tensor, before: int) -> BlockMask:
     """Only the blocks that hold new tokens ask."""
     blocks = cut_into_blocks(documents, documents, config.block_size)
     new = torch.arange(documents.shape[1], device=documents.device).expand_as(documents) >= before
     asked = blocks.cut.unpack(new).any(1).nonzero().squeeze(-1)
-    return in_layers(config, lambda layer: config.block_choice.pattern(blocks, layer, like, asked), before)
+    return in_layers(config, lambda layer: config.block_choice.pattern(blocks, layer, asked), before)
 
 
 def step_mask(config: ArchBigBirdConfig, real: torch.Tensor, padded: bool) -> StepMask:
@@ -179,10 +165,7 @@ class ArchBigBirdModel(Backbone):
     residual = PostNorm
     positions = TextPositions
     norm_class = nn.LayerNorm
-    mixers = {
-        "block_sparse_attention": BlockSparseAttention,
-        "causal_block_sparse_attention": CausalBlockSparseAttention,
-    }
+    mixers = dict.fromkeys(ArchBigBirdConfig.layer_kinds, BlockSparseAttention)
     masks = dict.fromkeys(mixers, block_mask)
 
     @can_return_tuple
