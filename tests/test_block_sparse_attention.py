@@ -12,7 +12,7 @@ from hf_arch.modeling.ops.banded_attention import fused, written_out
 from hf_arch.modeling.ops.block_sparse_attention import (
     block_sparse_attention,
     cut_into_blocks,
-    dense_weights,
+    dense_block_weights,
     make_pattern,
 )
 from hf_arch.modeling.ops.random_blocks import BlockChoice
@@ -109,7 +109,7 @@ def test_blocks_equal_the_definition(choice, documents):
         if length == LENGTHS[-1]:
             found, weights, pattern = attend(leaves, choice, told, written_out)
             assert_close(found[real], expected[real], **CLOSE)
-            weights = dense_weights(weights, pattern).transpose(1, 2)
+            weights = dense_block_weights(weights, pattern).transpose(1, 2)
             assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]), **CLOSE)
             assert torch.equal(weights[real].amin(1) > 0, seen[real])
 

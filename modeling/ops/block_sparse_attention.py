@@ -16,7 +16,7 @@ from .documents import EvenlyUnpacked, Unpacked, left_aligned
 
 # Numbers of gathered keys at once: without a backward pass few, which stay in a CPU's cache; with one, each piece would
 # cost a pass over the gradient of all keys
-AT_ONCE = {False: 2**20, True: 2**26}
+GATHERED_AT_ONCE = {False: 2**20, True: 2**26}
 NO_BLOCK = -1  # in the place of the index of a block
 
 
@@ -73,10 +73,10 @@ def cut_into_blocks(tokens: torch.Tensor, documents: torch.Tensor | None, size: 
     changes = torch.ones_like(is_ahead)
     changes[1:] = (text.diff() != 0) | (is_ahead.diff() != 0)
     begins = left_aligned(token, changes, length).place % size == 0
-    return numbered(left_aligned(token, begins, length), tokens.shape[:2], text[begins], is_ahead[begins])
+    return number_blocks(left_aligned(token, begins, length), tokens.shape[:2], text[begins], is_ahead[begins])
 
 
-def numbered(cut: Unpacked, shape: torch.Size, text: torch.Tensor, is_ahead: torch.Tensor) -> Blocks:
+def number_blocks(cut: Unpacked, shape: torch.Size, text: torch.Tensor, is_ahead: torch.Tensor) -> Blocks:
     """text [blocks] tells those of one text, side by side, from others."""
     _, text, total = text.unique_consecutive(return_inverse=True, return_counts=True)
     ahead = torch.zeros_like(total).index_add_(0, text, is_ahead.long())
@@ -86,7 +86,7 @@ def numbered(cut: Unpacked, shape: torch.Size, text: torch.Tensor, is_ahead: tor
     return Blocks(cut, shape, place, first, (total - ahead)[text], longest, most)
 
 
-class Group(NamedTuple):
+class BlockGroup(NamedTuple):
     """Blocks of queries that see as many blocks of keys."""
 
     queries: torch.Tensor  # [rows, several] which see the same
@@ -109,7 +109,7 @@ class BlockPattern(NamedTuple):
     """Who sees whom in a batch: made once by `make_pattern` for all layers that see the same."""
 
     blocks: Blocks
-    groups: tuple[Group, ...]
+    groups: tuple[BlockGroup, ...]
     where: torch.Tensor  # [blocks] the place of each block among the queries of all groups
     causal: bool  # within a block, a token sees none after it
 
@@ -124,7 +124,7 @@ def make_pattern(
         if queries.numel():
             hidden = (keys == NO_BLOCK)[..., None].expand(-1, -1, blocks.size)
             keys, real = keys.clamp(min=0), blocks.cut.real
-            made.append(Group(queries, keys, hidden if real is None else hidden | ~real[keys]))
+            made.append(BlockGroup(queries, keys, hidden if real is None else hidden | ~real[keys]))
     asked = torch.cat([group.queries.flatten() for group in made]) if made else blocks.place
     where = torch.zeros_like(blocks.place).index_put((asked,), torch.arange(len(asked), device=asked.device))
     return BlockPattern(blocks, tuple(made), where, causal)
@@ -143,7 +143,7 @@ def block_sparse_attention(
     """softmax(q k^T scale) v over what the pattern shows; padding answers with its own value.
 
     query, key, value [batch, length, heads, dim]. Answers ([batch, length, heads, dim], weights of groups or None):
-    `dense_weights` brings those into the usual form.
+    `dense_block_weights` brings those into the usual form.
     """
     cut, outputs, weights = pattern.blocks.cut, [], []
     blocks = [cut.unpack(x) for x in (query, key, value)]
@@ -155,12 +155,12 @@ def block_sparse_attention(
     return cut.repack_into(value, output).contiguous(), None if kernel is fused else weights
 
 
-def attend_in_pieces(query, key, value, group: Group, causal: bool, kernel: Kernel, **options):
+def attend_in_pieces(query, key, value, group: BlockGroup, causal: bool, kernel: Kernel, **options):
     """What a group answers [rows * several, size, heads, dim], and its weights [rows, heads, several * size, keys]."""
     numbers = group.keys.shape[1] * key[0].numel()
-    rows = max(1, AT_ONCE[torch.is_grad_enabled()] // max(1, numbers))
+    rows = max(1, GATHERED_AT_ONCE[torch.is_grad_enabled()] // max(1, numbers))
     outputs, weights = [], []
-    for piece in (Group(*parts) for parts in zip(*(x.split(rows) for x in group), strict=True)):
+    for piece in (BlockGroup(*parts) for parts in zip(*(x.split(rows) for x in group), strict=True)):
         gathered = (
             x.index_select(0, index.flatten()).unflatten(0, index.shape).flatten(1, 2).transpose(1, 2)
             for x, index in ((query, piece.queries), (key, piece.keys), (value, piece.keys))
@@ -171,7 +171,7 @@ def attend_in_pieces(query, key, value, group: Group, causal: bool, kernel: Kern
     return torch.cat(outputs), None if weights[0] is None else torch.cat(weights)
 
 
-def dense_weights(weights: Sequence[torch.Tensor], pattern: BlockPattern) -> torch.Tensor:
+def dense_block_weights(weights: Sequence[torch.Tensor], pattern: BlockPattern) -> torch.Tensor:
     """Weights of groups as [batch, heads, length, length]: as large as those of full attention. Padding sees itself."""
     cut, (batch, length) = pattern.blocks.cut, pattern.blocks.shape
     column = cut.unpack(torch.arange(length, device=pattern.where.device).expand(batch, -1))

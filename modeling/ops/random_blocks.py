@@ -13,7 +13,7 @@ from .block_sparse_attention import NO_BLOCK, BlockPattern, Blocks, make_pattern
 
 HASHED_AT_ONCE = 2**16  # priorities: few, since there is one for every pair of blocks
 NOWHERE = -(2**30)  # in the place of the place of a block
-WORD = 2**32 - 1
+WORD_BITS = 2**32 - 1
 
 
 class BlockChoice(NamedTuple):
@@ -57,7 +57,7 @@ class BlockChoice(NamedTuple):
         found = []
         for near, end in zip(place.split(rows), top.split(rows), strict=True):
             left = (column >= self.first) & (column < end) & ((column < near - before) | (column > near + after))
-            priority = mixed(mixed(mixed(column.new_full((1,), self.seed) + layer * 0x9E3779B1) + near) + column)
+            priority = murmur(murmur(murmur(column.new_full((1,), self.seed) + layer * 0x9E3779B1) + near) + column)
             priority = torch.where(left, (priority << 24) | column, NOWHERE)  # no two are equal
             best = priority.topk(count, dim=1).values
             found.append(torch.where(best == NOWHERE, NOWHERE, best & (2**24 - 1)))
@@ -84,9 +84,9 @@ class BlockChoice(NamedTuple):
         return keys.sort(dim=1, descending=True).values[:, : max(1, blocks.ahead + blocks.longest)]
 
 
-def mixed(x: torch.Tensor) -> torch.Tensor:
+def murmur(x: torch.Tensor) -> torch.Tensor:
     """A number below 2^32 for each whole number, as good as random: the last steps of MurmurHash3."""
-    x = x & WORD
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & WORD
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & WORD
+    x = x & WORD_BITS
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & WORD_BITS
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & WORD_BITS
     return x ^ (x >> 16)

@@ -13,7 +13,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from ...layers.attention import Attention
 from ...layers.positions import LearnedPositions
 from ...layers.residual import PostNorm
-from ...ops.block_sparse_attention import BlockPattern, block_sparse_attention, cut_into_blocks, dense_weights
+from ...ops.block_sparse_attention import BlockPattern, block_sparse_attention, cut_into_blocks, dense_block_weights
 from ...skeleton.backbone import Backbone
 from ...skeleton.checks import check_inputs
 from ...skeleton.classifiers import MultipleChoice, QuestionAnswering, SequenceClassification, TokenClassification
@@ -67,7 +67,7 @@ class BlockSparseAttention(Attention):
 
     def see(self, query, key, value, pattern: BlockPattern, output_attentions: bool | None = None):
         output, weights = block_sparse_attention(query, key, value, pattern, **self.block_options())
-        return output, dense_weights(weights, pattern) if output_attentions and weights else None
+        return output, dense_block_weights(weights, pattern) if output_attentions and weights else None
 
     def step(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, told: StepMask, layer_idx: int):
         """[batch, 1, heads, dim]; of the keys and values [batch, columns, heads, dim] only those seen are read."""
