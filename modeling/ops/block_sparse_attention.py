@@ -6,18 +6,21 @@ another. Cost and memory are linear in the number of pairs of blocks that see ea
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from transformers.utils.import_utils import is_tracing
 
 from .banded_attention import Kernel, fused
 from .documents import EvenlyUnpacked, Unpacked, left_aligned
 
-# Numbers of gathered keys at once: without a backward pass few, which stay in a CPU's cache; with one, each piece would
-# cost a pass over the gradient of all keys
-GATHERED_AT_ONCE = {False: 2**20, True: 2**26}
+# Numbers of gathered keys at once: few stay in a CPU's cache. Where autograd goes back through what is gathered, each
+# piece would cost it a pass over the gradient of all keys
+IN_CACHE, AT_ONCE = 2**20, 2**26
 NO_BLOCK = -1  # in the place of the index of a block
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class Blocks(NamedTuple):
@@ -93,6 +96,18 @@ class BlockGroup(NamedTuple):
     keys: torch.Tensor  # [rows, count]; a block that comes twice counts twice
     hidden: torch.Tensor  # [rows, count, size] the keys that are none
 
+    def pieces(self, blocks: int) -> Iterator["BlockGroup"]:
+        """As many rows at once as gather so many blocks of keys, or one."""
+        rows = max(1, blocks // max(1, self.keys.shape[1]))
+        return (BlockGroup(*parts) for parts in zip(*(x.split(rows) for x in self), strict=True))
+
+    def gather(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
+        """Blocks [blocks, size, heads, dim] -> [rows, heads, several * size or count * size, dim] of each."""
+        return [
+            x.index_select(0, index.flatten()).unflatten(0, index.shape).flatten(1, 2).transpose(1, 2)
+            for x, index in ((query, self.queries), (key, self.keys), (value, self.keys))
+        ]
+
     def mask(self, like: torch.Tensor, causal: bool) -> torch.Tensor:
         """[rows, 1, several * size, count * size], added to the scores; made when it is needed, since it is large."""
         (several, size), hidden = (self.queries.shape[1], self.hidden.shape[-1]), self.hidden[:, None, None]
@@ -147,28 +162,68 @@ def block_sparse_attention(
     """
     cut, outputs, weights = pattern.blocks.cut, [], []
     blocks = [cut.unpack(x) for x in (query, key, value)]
+    again = torch.is_grad_enabled() and can_gather_again(query, kernel, dropout)
     for group in pattern.groups:
+        if again:
+            outputs.append(GatheredAttention.apply(*blocks, group, pattern.causal, scale))
+            continue
         output, seen = attend_in_pieces(*blocks, group, pattern.causal, kernel, scale=scale, dropout=dropout)
         outputs.append(output)
         weights.append(seen)
-    output = torch.cat(outputs)[pattern.where] if outputs else blocks[0]
+    output = torch.cat(outputs).index_select(0, pattern.where) if outputs else blocks[0]
     return cut.repack_into(value, output).contiguous(), None if kernel is fused else weights
 
 
 def attend_in_pieces(query, key, value, group: BlockGroup, causal: bool, kernel: Kernel, **options):
     """What a group answers [rows * several, size, heads, dim], and its weights [rows, heads, several * size, keys]."""
-    numbers = group.keys.shape[1] * key[0].numel()
-    rows = max(1, GATHERED_AT_ONCE[torch.is_grad_enabled()] // max(1, numbers))
     outputs, weights = [], []
-    for piece in (BlockGroup(*parts) for parts in zip(*(x.split(rows) for x in group), strict=True)):
-        gathered = (
-            x.index_select(0, index.flatten()).unflatten(0, index.shape).flatten(1, 2).transpose(1, 2)
-            for x, index in ((query, piece.queries), (key, piece.keys), (value, piece.keys))
-        )
-        output, seen = kernel(*gathered, piece.mask(query, causal), **options)
-        outputs.append(output.transpose(1, 2).unflatten(1, (piece.queries.shape[1], -1)).flatten(0, 1))
+    for piece in group.pieces((AT_ONCE if torch.is_grad_enabled() else IN_CACHE) // key[0].numel()):
+        output, seen = kernel(*piece.gather(query, key, value), piece.mask(query, causal), **options)
+        outputs.append(into_blocks(output, query.shape[1]))
         weights.append(seen)
     return torch.cat(outputs), None if weights[0] is None else torch.cat(weights)
+
+
+def into_blocks(x: torch.Tensor, size: int) -> torch.Tensor:
+    """[rows, heads, count * size, dim] -> [rows * count, size, heads, dim]."""
+    return x.transpose(1, 2).unflatten(1, (-1, size)).flatten(0, 1)
+
+
+def can_gather_again(query: torch.Tensor, kernel: Kernel, dropout: float) -> bool:
+    return query.device.type == "cpu" and kernel is fused and dropout == 0 and not is_tracing(query)
+
+
+class GatheredAttention(torch.autograd.Function):
+    """The answers of a group by torch's fused attention on a CPU, whose backward pass gathers again, a piece at a time:
+    nothing that was gathered is kept, or has a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, group: BlockGroup, causal: bool, scale: float | None):
+        ctx.group, ctx.options = group, (causal, scale)
+        outputs, sums = [], []
+        for piece in group.pieces(IN_CACHE // key[0].numel()):
+            told = {"attn_mask": piece.mask(query, causal), "scale": scale}
+            output, total = FLASH(*piece.gather(query, key, value), 0.0, False, **told)
+            outputs.append(into_blocks(output, query.shape[1]))
+            sums.append(total)
+        answers = torch.cat(outputs)
+        ctx.save_for_backward(query, key, value, answers, torch.cat(sums))
+        return answers
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (*blocks, answers, sums), (causal, scale) = ctx.saved_tensors, ctx.options
+        grads, size, seen = [torch.zeros_like(x) for x in blocks], answers.shape[1], 0
+        for piece in ctx.group.pieces(IN_CACHE // blocks[1][0].numel()):
+            (rows, several), told = piece.queries.shape, {"attn_mask": piece.mask(blocks[0], causal), "scale": scale}
+            here = slice(seen * several, (seen + rows) * several)
+            back, output = (x[here].unflatten(0, (rows, -1)).flatten(1, 2).transpose(1, 2) for x in (grad, answers))
+            found = FLASH_BACKWARD(back, *piece.gather(*blocks), output, sums[seen : seen + rows], 0.0, False, **told)
+            for total, index, x in zip(grads, (piece.queries, piece.keys, piece.keys), found, strict=True):
+                total.index_add_(0, index.flatten(), into_blocks(x, size))
+            seen += rows
+        return *grads, None, None, None
 
 
 def dense_block_weights(weights: Sequence[torch.Tensor], pattern: BlockPattern) -> torch.Tensor:
