@@ -55,29 +55,35 @@ class BlockSparseAttention(Attention):
         if past_key_values is not None:
             held = past_key_values.update(key.transpose(1, 2), value.transpose(1, 2), layer_idx)
             held = tuple(x.transpose(1, 2) for x in held)
+        asked = output_attentions or self.config.output_attentions
         if isinstance(attention_mask, StepMask):
-            return self.answer(self.step(query, *held, attention_mask, layer_idx), None)
+            return self.answer(*self.step(query, *held, attention_mask, layer_idx, asked))
         pattern, before = attention_mask.patterns[layer_idx], attention_mask.before
         if before == 0:
-            return self.answer(*self.see(query, key, value, pattern, output_attentions))
-        length = query.shape[1]
-        query = F.pad(query, (0, 0, 0, 0, before, held[0].shape[1] - before - length))
-        output, _ = self.see(query, *held, pattern)
-        return self.answer(output[:, before : before + length], None)
+            return self.answer(*self.see(query, key, value, pattern, asked))
+        new = slice(before, before + query.shape[1])
+        query = F.pad(query, (0, 0, 0, 0, before, held[0].shape[1] - new.stop))
+        output, weights = self.see(query, *held, pattern, asked)
+        return self.answer(output[:, new], None if weights is None else weights[:, :, new])
 
-    def see(self, query, key, value, pattern: BlockPattern, output_attentions: bool | None = None):
+    def see(self, query, key, value, pattern: BlockPattern, asked: bool):
+        """([batch, length, heads, dim], weights [batch, heads, length, length] where they are asked for, or None)."""
         output, weights = block_sparse_attention(query, key, value, pattern, **self.block_options())
-        return output, dense_block_weights(weights, pattern) if output_attentions and weights else None
+        return output, dense_block_weights(weights, pattern) if asked and weights else None
 
-    def step(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, told: StepMask, layer_idx: int):
-        """[batch, 1, heads, dim]; of the keys and values [batch, columns, heads, dim] only those seen are read."""
+    def step(self, query, key, value, told: StepMask, layer_idx: int, asked: bool):
+        """The same of one token; of the keys and values [batch, columns, heads, dim] only those seen are read."""
         columns, hidden = told.columns[layer_idx], told.hidden[layer_idx]
-        row = torch.arange(len(columns), device=columns.device)[:, None]
+        row, length = torch.arange(len(columns), device=columns.device)[:, None], key.shape[1]
         key, value = (x[row, columns].transpose(1, 2) for x in (key, value))
         mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill_(hidden, -torch.inf)
         options = self.block_options()
         kernel = options.pop("kernel")
-        return kernel(query.transpose(1, 2), key, value, mask[:, None, None], **options)[0].transpose(1, 2)
+        output, weights = kernel(query.transpose(1, 2), key, value, mask[:, None, None], **options)
+        if asked and weights is not None:
+            index = columns[:, None, None].expand_as(weights)
+            weights = weights.new_zeros(*weights.shape[:3], length).scatter_add(3, index, weights)
+        return output.transpose(1, 2), weights if asked else None
 
 
 def block_mask(
