@@ -26,6 +26,11 @@ NOT_KEPT: dict[tuple[str, str], str] = {
     ("longformer", "test_model_rope_scaling_from_config*"): "Longformer's positions are a table: nothing is rotated",
     ("sparse_transformer", "test_model_rope_scaling_from_config*"): "GPT-3's positions are a table: nothing is rotated",
     ("reformer", "test_model_rope_scaling_from_config*"): "Reformer's positions are a grid: nothing is rotated",
+    ("bigbird", "test_model_rope_scaling_from_config*"): "BigBird's positions are a table: nothing is rotated",
+    (
+        "bigbird",
+        "test_retain_grad_hidden_states_attentions",
+    ): "The weights that are recorded are copies of those of blocks",
     ("encoder_decoder", "test_model_rope_scaling_from_config*"): "T5's bias tells positions: nothing is rotated",
     ("encoder_decoder", "test_retain_grad_hidden_states_attentions"): (
         "A bias by distance takes the last query first: the weights that are recorded are a copy in order"

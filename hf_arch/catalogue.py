@@ -28,7 +28,8 @@ ENCODER_DECODER = (
     "ForQuestionAnswering",
 )
 FULL_ATTENTION = {
-    "bounded state": "Full attention looks at every earlier key: the cache, and a step, grow with the text.",
+    "bounded state": "Full attention looks at every earlier key: the cache grows with the text.",
+    "bounded step": "And so does a step.",
     "linear cost": "Full attention compares all pairs of tokens.",
 }
 SETS_OF_HEADS = {"decoder": DECODER, "encoder-decoder": ENCODER_DECODER}
@@ -179,9 +180,10 @@ ARCHITECTURES = (
         ),
         tiny={"filter_frequency": 1.0},
         exceptions={
-            "bounded state": "A filter is as long as the text: each step reads all earlier tokens, and the cache holds "
-            "them, up to max_position_embeddings. Layers of type modal_hyena, into which `hf_arch.distill` turns the "
+            "bounded state": "A filter is as long as the text: the cache holds all earlier tokens, up to "
+            "max_position_embeddings. Layers of type modal_hyena, into which `hf_arch.distill` turns the "
             "others, keep a small state of fixed size.",
+            "bounded step": "And a step reads them.",
         },
     ),
     Architecture(
@@ -246,6 +248,7 @@ ARCHITECTURES = (
             "bounded state": "Dense layers look at every earlier key, and so does, in the end, the text that strided, "
             "fixed and dilated ones see: their caches grow. Those of layers of type sliding_attention and "
             "sink_attention do not.",
+            "bounded step": "And a step of a dense layer reads all of its cache.",
             "linear cost": "Dense layers compare all pairs of tokens; strided and fixed ones n (stride + n / stride), "
             "the others as many as their windows show.",
             "padding does not enter the state": "transformers' cache of a window counts columns, padding included; "
@@ -262,6 +265,24 @@ ARCHITECTURES = (
         lora_targets=("qk_proj", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         tiny={"lsh_attn_chunk_length": 4, "local_attn_chunk_length": 8, "num_buckets": [2, 2], "num_hashes": 2},
         head_fields={"ForMaskedLM": {"direction": "bidirectional", "local_attn_chunk_length": 20}},
+    ),
+    Architecture(
+        "bigbird",
+        "ArchBigBird",
+        family="long_context",
+        title="BigBird",
+        paper="arXiv:2007.14062",
+        heads=(
+            *("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification"),
+            *("ForQuestionAnswering", "ForMultipleChoice", "ForCausalLM"),
+        ),
+        lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"),
+        tiny={"block_size": 4, "num_random_blocks": 2},
+        head_fields={"ForCausalLM": {"direction": "causal", "tie_word_embeddings": False}},
+        exceptions={
+            "bounded state": "A block at random may be any of the earlier ones: the cache holds all keys. A step reads "
+            "those that it sees, as many after any text.",
+        },
     ),
     Architecture(
         "mixtral",

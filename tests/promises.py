@@ -97,6 +97,9 @@ VARIANTS = {
         "lsh": {"layer_types": ["lsh_attention"] * 2, "position_type": "learned", "head_dim": 6, "num_buckets": 6}
         | {"feed_forward_types": ["gated"] * 2, "attention_bias": True, "num_hashes": 1, "lsh_attn_chunk_length": 70},
     },
+    "bigbird": {
+        "no_global_block": {"block_size": 16, "num_window_blocks": 1, "num_random_blocks": 3, "num_global_blocks": 0},
+    },
     "mixtral": {"sliding": {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9}},
     "hat": {
         "one_level": {"segment_lengths": [], "layer_types": ["level_0"] * 3},
@@ -254,6 +257,7 @@ ALSO_ENCODERS = {
     "routing_transformer": ("turned",),
     "longformer": ("wide", "layers", "questions"),
     "reformer": ("lsh",),
+    "bigbird": ("no_global_block",),
 }  # of the choices of decoders
 ENCODERS += [
     Case(case.row, case.head, f"bidirectional_{name}", VARIANTS[case.row.name][name])
@@ -262,6 +266,11 @@ ENCODERS += [
     for case in ENCODERS
     for name in ALSO_ENCODERS.get(case.row.name, VARIANTS.get(case.row.name, {}))
 ]
+ENCODERS += [
+    Case(case.row, case.head, "extended", {"num_extra_global_tokens": 6, "num_random_blocks": 1})
+    for case in ENCODERS
+    if case.row.name == "bigbird" and not case.variant
+]  # which a decoder cannot be
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from hf_arch.bench.worker.memory import in_a_fork, peak_bytes
 from hf_arch.bench.worker.serve import ON_CPU
 from hf_arch.bench.worker.subject import held_bytes
 from hf_arch.modeling.layers.mixer import Mixer
+from hf_arch.modeling.ops.random_blocks import BlockChoice
 from hf_arch.modeling.ops.segment_rows import Window
 
 REPOSITORY = Path(__file__).parent.parent
@@ -31,7 +32,8 @@ SHAPE = SMALL | {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size":
 RATES = {"matmul": 1e9, "bandwidth": 1e8, "exponential": 1e7}
 
 
-WINDOWS = {"transformer_xl": {"segment_length": 32, "memory_length": 32}}  # smaller than the text
+# Smaller than the text
+WINDOWS = {"transformer_xl": {"segment_length": 32, "memory_length": 32}, "bigbird": {"block_size": 16}}
 
 
 def paper(row, **fields):
@@ -82,6 +84,10 @@ def test_only_pairs_that_are_seen_are_counted():
         assert costs.segment_pairs(Window(99, 1), span) == pairs_by_hand(span, 1000)
         assert costs.segment_pairs(Window(5, 8, True), span) == pairs_by_hand(span, 9)
     assert costs.segment_pairs(Window(4, 3), costs.Span(4, 4)) == 4 + 5 + 6 + 7
+    causal, encoder = BlockChoice(2, 1, 0, 1, True, 0), BlockChoice(1, 1, 1, 1, False, 0)
+    assert costs.block_pairs(causal, 4, costs.Span(5, 10)) == 11 + 12 + 13 + 14 + 15
+    assert costs.block_pairs(causal, 4, costs.Span(1, 40)) == 4 + 4 + 4 + 1
+    assert costs.block_pairs(encoder, 4, costs.Span(23)) == 4 * 23 + 4 * 4 * 15 + 3 * 23
 
 
 def test_layers_that_share_weights_are_as_much_work():

@@ -61,5 +61,5 @@ def test_a_step_costs_the_same_after_a_long_context(row_case):
             model(torch.full((1, 1), 5), past_key_values=cache)
         return counter.get_total_flops()
 
-    with row_case.keeps("bounded state"):
+    with row_case.keeps("bounded step"):
         assert exponent(flops) < 0.02

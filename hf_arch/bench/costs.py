@@ -23,9 +23,11 @@ from hf_arch.modeling.layers.pattern_attention import (
     PatternAttention,
     StridedAttention,
 )
+from hf_arch.modeling.long_context.bigbird.modeling_bigbird import BlockSparseAttention
 from hf_arch.modeling.long_context.longformer.modeling_longformer import WindowAttention
 from hf_arch.modeling.long_context.routing_transformer.modeling_routing_transformer import Routing
 from hf_arch.modeling.long_context.transformer_xl.modeling_transformer_xl import SegmentRecurrence
+from hf_arch.modeling.ops.random_blocks import NOWHERE, BlockChoice
 from hf_arch.modeling.ops.segment_rows import Window
 from hf_arch.modeling.skeleton.backbone import Backbone
 
@@ -80,6 +82,20 @@ def pattern_pairs(module: PatternAttention, span: Span) -> float:
         sizes = zip(config.dilated_segments, config.dilations, strict=True)
         seen = sum((place % segment // dilation + 1) / dilation for segment, dilation in sizes)
     return seen.sum().item()
+
+
+def block_pairs(choice: BlockChoice, size: int, span: Span) -> int:
+    """The same where a token sees blocks of `size` tokens."""
+    length = span.before + span.tokens
+    count = -(-length // size)
+    place, total = torch.arange(count), torch.full((count,), count)
+    blocks = (choice.seen(place, total, count, layer=0) != NOWHERE).sum(1)
+    token = torch.arange(span.before, length)
+    if choice.causal:
+        return int(((blocks[token // size] - 1) * size + token % size + 1).sum())
+    blocks[(place < choice.first) | (place >= count - choice.last)] = count
+    missing = count * size - length if choice.last else 0  # of the last block, which all see
+    return int((blocks[token // size] * size - missing).clamp(max=length).sum())
 
 
 @singledispatch
@@ -170,6 +186,18 @@ def window(module: WindowAttention, span: Span) -> Cost:
     heads = module.q_proj.out_features // module.head_dim
     return sum((linear(projection, span) for projection in used), Cost()) + Cost(
         operations=4 * pairs * module.q_proj.out_features, exponentials=pairs * heads
+    )
+
+
+@cost.register
+def blocks(module: BlockSparseAttention, span: Span) -> Cost:
+    """Without tokens ahead of the text."""
+    config, size = module.config, module.q_proj.out_features
+    pairs = block_pairs(config.block_choice, config.block_size, span)
+    return projections(module, span) + Cost(
+        operations=4 * pairs * size,
+        exponentials=pairs * (size // module.head_dim),
+        numbers=2 * size * (pairs if span.tokens == 1 else span.before + span.tokens),
     )
 
 

@@ -42,6 +42,7 @@ REFORMER |= {"hidden_dropout_prob": 0.0, "local_attention_probs_dropout_prob": 0
 EXPERTS = {name: {"fields": {"experts_implementation": name}} for name in ("grouped_mm", "eager", "batched_mm")}
 LONGFORMER = {"config": "LongformerConfig", "model": "LongformerForMaskedLM", "padding_rows": 2}
 GPT_NEO = {"config": "GPTNeoConfig", "model": "GPTNeoForCausalLM"}
+BIGBIRD = {"config": "BigBirdConfig", "model": "BigBirdForMaskedLM"}
 T5 = {"config": "T5Config", "model": "T5EncoderModel", "fields": {"feed_forward_proj": "gated-gelu"}}
 
 PEERS = (
@@ -60,6 +61,7 @@ PEERS = (
     Peer("longformer", "hat", "hugging_face:Transformers", LONGFORMER, measures=FORWARD),
     Peer("longformer_chunks", "longformer", "hugging_face:Transformers", LONGFORMER, measures=FORWARD),
     Peer("gpt_neo", "sparse_transformer", "hugging_face:GPTNeo", GPT_NEO, measures=FORWARD),  # no cache of its windows
+    Peer("big_bird", "bigbird", "hugging_face:Transformers", BIGBIRD, measures=FORWARD),
     Peer("t5_encoder", "encoder_decoder", "hugging_face:T5Encoder", T5, measures=FORWARD),
     Peer("mamba", "s6", "hugging_face:Mamba", MAMBA, measures=("forward", *DECODE)),  # its backward is quadratic
     Peer(

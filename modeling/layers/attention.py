@@ -74,6 +74,12 @@ class Attention(Mixer):
             **kwargs,
         )
 
+    def block_options(self) -> dict:
+        """How an op that attends in blocks is called: by the kernel that the user chose."""
+        dropout = self.attention_dropout if self.training else 0.0
+        kernel = written_out if self.config._attn_implementation == "eager" else fused
+        return {"scale": self.scaling, "dropout": dropout, "kernel": kernel}
+
 
 class SlidingAttention(Attention):
     """Attention to the last `sliding_window` tokens. Where the mask is a band, as it is for texts longer than that of
@@ -83,10 +89,7 @@ class SlidingAttention(Attention):
         if not isinstance(attention_mask, Band):
             return super().attend(query, key, value, attention_mask, **kwargs)
         tokens = (x.transpose(1, 2) for x in (query, key, value))
-        dropout = self.attention_dropout if self.training else 0.0
-        kernel = written_out if self.config._attn_implementation == "eager" else fused
-        output, _ = banded_attention(*tokens, attention_mask, scale=self.scaling, dropout=dropout, kernel=kernel)
-        return output, None
+        return banded_attention(*tokens, attention_mask, **self.block_options())[0], None
 
 
 class BidirectionalAttention(Attention):

@@ -195,6 +195,9 @@ RECURRENT = (
 )
 DYNAMIC_LAYER_TYPE_MAPPING |= dict.fromkeys(RECURRENT, RecurrentCacheLayer)
 STATIC_LAYER_TYPE_MAPPING |= dict.fromkeys(RECURRENT, StaticRecurrentCacheLayer)
+# A block at random may be any of the earlier ones: all keys and values are kept
+DYNAMIC_LAYER_TYPE_MAPPING["causal_block_sparse_attention"] = DynamicLayer
+STATIC_LAYER_TYPE_MAPPING["causal_block_sparse_attention"] = StaticLayer
 DYNAMIC_LAYER_TYPE_MAPPING["hyena"], STATIC_LAYER_TYPE_MAPPING["hyena"] = HistoryCacheLayer, StaticHistoryCacheLayer
 
 # Attention by patterns that reach back without end keeps all keys and values

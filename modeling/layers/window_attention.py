@@ -7,11 +7,9 @@ from ..ops.banded_attention import (
     attend_seen,
     banded_attention,
     dense_weights,
-    fused,
     make_band,
     take,
     visible_in_band,
-    written_out,
 )
 from ..ops.documents import first_of_documents
 from .attention import Attention
@@ -62,13 +60,9 @@ class CausalWindowAttention(Attention):
         """What the queries see among the keys beside them: ([batch, length, heads, dim], weights or None). `to_first`
         are the queries that ask the first tokens, None where they are the same."""
         band = make_band(query[..., 0, 0], self.before, 0, self.dilation, documents, landmarks, count)
-        kernel = written_out if self.config._attn_implementation == "eager" else fused
-        told = self.options() | {"kernel": kernel, "landmark_query": to_first}
+        told = self.block_options() | {"landmark_query": to_first}
         output, weights = banded_attention(query, key, value, band, **told)
         return output, dense_weights(weights, band) if output_attentions and weights is not None else None
-
-    def options(self) -> dict:
-        return {"scale": self.scaling, "dropout": self.attention_dropout if self.training else 0.0}
 
     def go_on(self, query, to_first, real: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """The same where the queries are the last of the keys; `real` [batch, keys]."""
@@ -78,8 +72,7 @@ class CausalWindowAttention(Attention):
             padded = (None if x is None else F.pad(x, (0, 0, 0, 0, missing, 0)) for x in (query, to_first))
             return self.see(*padded, key, value, documents, landmarks, self.first)[0][:, missing:]
         seen = visible_in_band(documents, self.before, 0, self.dilation, landmarks, query.shape[1])
-        kernel = written_out if self.config._attn_implementation == "eager" else fused
-        told = self.options() | {"kernel": kernel, "landmark_query": to_first}
+        told = self.block_options() | {"landmark_query": to_first}
         return attend_seen(query, key, value, seen, landmarks, **told)
 
     def recall(self, memory: RecurrentCacheLayer, real: torch.Tensor, key: torch.Tensor, value: torch.Tensor):

@@ -16,15 +16,13 @@ from ...layers.attention import BidirectionalAttention
 from ...layers.positions import LearnedPositions
 from ...layers.residual import PostNorm
 from ...layers.window_attention import CausalWindowAttention
-from ...ops.banded_attention import Band, banded_attention, dense_weights, fused, make_band, take, written_out
+from ...ops.banded_attention import Band, banded_attention, dense_weights, make_band, take
 from ...ops.documents import first_of_documents
 from ...skeleton.backbone import Backbone
 from ...skeleton.classifiers import MultipleChoice, QuestionAnswering, SequenceClassification, TokenClassification
 from ...skeleton.heads import CausalLM, MaskedLM, also_named
 from ...skeleton.masks import number_documents
 from .configuration_longformer import ArchLongformerConfig
-
-KERNELS = {"eager": written_out}  # that gives weights; any other is torch's fused one
 
 
 class GlobalTokens(NamedTuple):
@@ -63,17 +61,12 @@ class WindowAttention(BidirectionalAttention):
     ) -> torch.Tensor:
         band = attention_mask.bands[self.band]
         query, key, value = (self.heads(proj(hidden_states)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        output, weights = banded_attention(query, key, value, band, **self.options())
+        output, weights = banded_attention(query, key, value, band, **self.block_options())
         weights = dense_weights(weights, band) if output_attentions and weights is not None else None
         return self.answer(*self.everywhere(hidden_states, output, weights, attention_mask.everywhere))
 
     def heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
-
-    def options(self) -> dict:
-        dropout = self.attention_dropout if self.training else 0.0
-        kernel = KERNELS.get(self.config._attn_implementation, fused)
-        return {"scale": self.scaling, "dropout": dropout, "kernel": kernel}
 
     def everywhere(
         self, hidden_states: torch.Tensor, output: torch.Tensor, weights: torch.Tensor | None, told: GlobalTokens | None
@@ -86,7 +79,7 @@ class WindowAttention(BidirectionalAttention):
         query = self.heads(self.q_global_proj(asked))
         if told is None:
             return output + sum(x[:, :0].sum() for x in (query, key, value)), weights
-        options = self.options()
+        options = self.block_options()
         kernel, mask = options.pop("kernel"), None if told.mask is None else told.mask.to(query.dtype)
         answers, seen = kernel(*(x.transpose(1, 2) for x in (query, key, value)), mask, **options)
         output = put(output, answers.transpose(1, 2), told)
