@@ -106,6 +106,16 @@ ARCHITECTURES = (
         exceptions=FULL_ATTENTION,
     ),
     Architecture(
+        "performer",
+        "ArchPerformer",
+        family="long_context",
+        title="Performer",
+        paper="arXiv:2009.14794",
+        heads=(*DECODER, "ForMaskedLM"),
+        tiny={"num_key_value_heads": 2},
+        head_fields={"ForMaskedLM": {"direction": "bidirectional"}},
+    ),
+    Architecture(
         "retnet",
         "ArchRetNet",
         family="state_space",

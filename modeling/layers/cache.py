@@ -175,6 +175,7 @@ class StaticHistoryCacheLayer(StaticRecurrentCacheLayer):
 
 # The layers that keep states, as config.layer_types names them: what a new recurrence has to be in
 RECURRENT = (
+    "favor",
     "h3",
     "hyena",
     "modal_hyena",
