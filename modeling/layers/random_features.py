@@ -35,12 +35,15 @@ class OrthogonalFeatures(TrainingBuffer):
         return orthogonal_directions(*value.shape, int(self.seed) + int(self.steps)).to(value)
 
     def projected(self, x: torch.Tensor, scaling: float) -> torch.Tensor:
-        """sqrt(scaling) x [..., dim] along all directions, [..., features], in float32 at least."""
+        """sqrt(scaling) x [batch, length, heads, dim] along all directions, [batch, length, heads, features], in float32
+        at least. In memory heads come first, as the products that follow want them."""
         if self.redraw_interval is not None:
             self.observe(self.value.new_ones(()))
         wide = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            return nn.functional.linear(x.to(wide), self.value.to(wide) * scaling**0.5)
+            directions = self.value.to(wide) * scaling**0.5
+            x = x.to(wide).transpose(1, 2)
+            return (x.flatten(0, 2) @ directions.mT).unflatten(0, x.shape[:3]).transpose(1, 2)
 
     def of_queries(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
         """[..., dim] -> [..., features], each query times any number."""
@@ -56,11 +59,13 @@ class SoftmaxFeatures(OrthogonalFeatures):
     What is computed is at most 1; with no epsilon added, weights are those of the lemma, whatever the scale."""
 
     def of_queries(self, query, scaling):
-        return below_one(self.projected(query, scaling))[0]
+        return self.projected(query, scaling).softmax(-1)  # exponentials, in one pass
 
     def of_keys(self, key, scaling):
-        features, largest = below_one(self.projected(key, scaling))
-        return features, largest - 0.5 * scaling * key.to(features.dtype).square().sum(-1)
+        logarithm = self.projected(key, scaling)
+        largest = logarithm.detach().amax(-1, keepdim=True)
+        features = logarithm.sub_(largest).exp_()
+        return features, largest.squeeze(-1) - 0.5 * scaling * key.to(features.dtype).square().sum(-1)
 
 
 class ReLUFeatures(OrthogonalFeatures):
@@ -75,12 +80,6 @@ class ReLUFeatures(OrthogonalFeatures):
 
 
 FEATURES = {"softmax": SoftmaxFeatures, "relu": ReLUFeatures}
-
-
-def below_one(logarithm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """exp(x) over its largest number along the last dimension, and the logarithm of that; x is written to."""
-    largest = logarithm.detach().amax(-1, keepdim=True)
-    return logarithm.sub_(largest).exp_(), largest.squeeze(-1)
 
 
 def orthogonal_directions(count: int, dim: int, seed: int) -> torch.Tensor:

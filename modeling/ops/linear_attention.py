@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from .decayed_attention import chunk_decayed_attention
 from .documents import document_runs
 
+GROWTH = 20.0  # of the logarithm of a unit that numbers bear with ease
 NO_UNIT = -1e30  # the logarithm of the unit of what is not there; unlike -inf it can be subtracted from itself
 
 
@@ -53,7 +54,7 @@ def recurrent_linear_attention(
 
 
 def chunk_linear_attention(
-    query, key, value, log_scale, *, documents=None, initial_state=None, output_final_state=False, **options
+    query, key, value, log_scale, *, documents=None, initial_state=None, output_final_state=False, chunk_size=64
 ):
     """The same answer in parallel: attention inside a chunk, the recurrence between chunks."""
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -62,12 +63,38 @@ def chunk_linear_attention(
         sums, unit = sums_and_unit(initial_state, k, v)
         if documents is not None:
             log_scale = log_scale.masked_fill((documents == 0)[..., None], NO_UNIT)
-        units, log_decay = growing_units(log_scale, documents, unit)
-        told = {"initial_state": None if initial_state is None else sums, "output_final_state": output_final_state}
-        v = v * (log_scale - units).exp()[..., None]
-        output, sums = chunk_decayed_attention(q, k, v, log_decay, documents=documents, **told, **options)
-        output = mean_of(output)
-        return output.to(value.dtype), as_state(sums, units[:, -1]) if output_final_state else None
+        last = None if documents is not None else one_unit(log_scale, unit)
+        if last is not None:
+            sums = sums * (unit - last).exp()[..., None, None]
+            output, sums = unfading_attention(q, k, v * (log_scale - last[:, None]).exp()[..., None], sums, chunk_size)
+        else:
+            units, log_decay = growing_units(log_scale, documents, unit)
+            last, v = units[:, -1], v * (log_scale - units).exp()[..., None]
+            told = {"initial_state": sums, "output_final_state": True, "chunk_size": chunk_size}
+            output, sums = chunk_decayed_attention(q, k, v, log_decay, documents=documents, **told)
+        return mean_of(output).to(value.dtype), as_state(sums, last) if output_final_state else None
+
+
+@torch.no_grad()
+def one_unit(log_scale: torch.Tensor, unit: torch.Tensor) -> torch.Tensor | None:
+    """The last unit [batch, heads], where it can be that of all tokens: in the mean it goes out, and none sees numbers
+    that are too small because of what follows. Else None, as where a look would cost a wait."""
+    if log_scale.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    first = torch.maximum(unit, log_scale[:, 0])
+    last = torch.maximum(first, log_scale.amax(dim=1))
+    return last if (last - first).amax() < GROWTH else None
+
+
+def unfading_attention(query, key, value, sums, chunk_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`decayed_attention.py` without a decay, on a CPU: the output, and the state after it."""
+    shape, outputs = sums.shape[:2], []
+    query, key, value = (x.transpose(1, 2).flatten(0, 1).split(chunk_size, dim=1) for x in (query, key, value))
+    sums = sums.flatten(0, 1)
+    for q, k, v in zip(query, key, value, strict=True):
+        outputs.append(torch.baddbmm(q @ sums, (q @ k.mT).tril_(), v))
+        sums = torch.baddbmm(sums, k.mT, v)
+    return torch.cat(outputs, dim=1).unflatten(0, shape).transpose(1, 2), sums.unflatten(0, shape)
 
 
 @torch.no_grad()
@@ -134,7 +161,7 @@ def sums_and_unit(state: torch.Tensor | None, key, value) -> tuple[torch.Tensor,
         return sums, key.new_full(sums.shape[:2], NO_UNIT)
     state = state.to(key.dtype)
     read = (state[..., -2] > 0).any(-1)
-    return state[..., :-1] * read[..., None, None], torch.where(read, state[..., 0, -1].detach(), NO_UNIT)
+    return state[..., :-1], torch.where(read, state[..., 0, -1].detach(), NO_UNIT)
 
 
 def as_state(sums: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:

@@ -10,14 +10,15 @@ from ...dense.transformer.configuration_transformer import ArchTransformerConfig
 
 @strict
 class ArchPerformerConfig(ArchTransformerConfig):
-    """The choices of the Transformer, save those that touch single pairs of tokens: no bias of their scores, no dropout
-    of their weights.
+    """The choices of the Transformer, save those that touch single pairs of tokens: there is no bias of their scores,
+    and no dropout of their weights. Feed-forwards are by default dense, with gelu.
 
     kernel_type (`str`, defaults to `"softmax"`):
         What the products of features estimate: `"softmax"`, the attention of a Transformer; `"relu"`, generalised
         attention, a kernel of its own.
     num_features (`int`, *optional*):
-        Random features of a query or key; `head_dim * ln(head_dim)` by default. The error falls with their square root.
+        Random features of a query or key; by default `head_dim * ln(head_dim)`, to a multiple of 16. The error falls
+        with their square root.
     feature_redraw_interval (`int`, *optional*):
         Optimizer steps after which others are drawn; None keeps the first.
     kernel_epsilon (`float`, defaults to 1e-3):
@@ -26,10 +27,12 @@ class ArchPerformerConfig(ArchTransformerConfig):
 
     model_type = "hf_arch_performer"
     layer_kinds = ("favor", "bidirectional_favor")
+    feed_forward_kinds = ("dense", "gated", "sparse")
     layer_kinds_of: ClassVar[dict[str, set[str]]] = {"causal": {"favor"}, "bidirectional": {"bidirectional_favor"}}
 
     direction: Literal["causal", "bidirectional"] = "causal"
     position_type: Literal["none", "sinusoidal", "learned", "rope"] = "rope"
+    hidden_act: str = "gelu"
     kernel_type: Literal["softmax", "relu"] = "softmax"
     num_features: int | None = None
     feature_redraw_interval: int | None = 1000
@@ -38,7 +41,7 @@ class ArchPerformerConfig(ArchTransformerConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         if self.num_features is None and self.head_dim:
-            self.num_features = max(1, int(self.head_dim * math.log(self.head_dim)))
+            self.num_features = 16 * max(1, int(self.head_dim * math.log(self.head_dim) / 16))
 
     def layer_pattern(self) -> list[str]:
         return ["bidirectional_favor" if self.direction == "bidirectional" else "favor"]
