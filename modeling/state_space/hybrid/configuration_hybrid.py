@@ -6,6 +6,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from ...dense.transformer.configuration_transformer import ArchTransformerConfig
 from ...layers.cache import RECURRENT
+from ...long_context.performer.configuration_performer import ArchPerformerConfig
 from ...skeleton.config import ArchConfig
 from ..h3.configuration_h3 import ArchH3Config
 from ..hyena.configuration_hyena import ArchHyenaConfig
@@ -17,11 +18,11 @@ from ..s6.configuration_s6 import ArchS6Config
 from ..ssd.configuration_ssd import ArchSSDConfig
 
 GUEST_CONFIGS = ArchRetNetConfig, ArchS4Config, ArchH3Config, ArchS6Config, ArchSSDConfig
-GUEST_CONFIGS += ArchRWKV4Config, ArchRWKV7Config, ArchHyenaConfig
+GUEST_CONFIGS += ArchRWKV4Config, ArchRWKV7Config, ArchHyenaConfig, ArchPerformerConfig
 CONFIGS: dict[str, type[ArchConfig]] = {
     kind: config for config in GUEST_CONFIGS for kind in config.layer_kinds if kind in RECURRENT
 }
-FIXED = {"rwkv7": {"value_residual": False}}  # what is no choice for mixers that stand among others
+FIXED = {"rwkv7": {"value_residual": False}, "favor": {"attention_dropout": 0.0}}  # what is no choice for mixers that stand among others
 # What a stack and the mixers in it have in common
 SHARED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
 SHARED += ("norm_eps", "max_position_embeddings", "initializer_range", "hidden_dropout", "attention_dropout")
