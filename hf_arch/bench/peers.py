@@ -39,18 +39,6 @@ MIXTRAL = {"config": "MixtralConfig", "model": "MixtralForCausalLM"}
 EXPERTS = {name: {"fields": {"experts_implementation": name}} for name in ("grouped_mm", "eager", "batched_mm")}
 T5 = {"config": "T5Config", "model": "T5EncoderModel", "fields": {"feed_forward_proj": "gated-gelu"}}
 
-PERFORMER_PYTORCH = Environment(
-    "performer_pytorch",
-    packages=("einops==0.8.2",),
-    unaided=(
-        "performer-pytorch==1.1.4",
-        "axial-positional-embedding==0.3.12",
-        "local-attention==1.11.2",
-        "hyper-connections==0.4.9",
-        "setuptools==80.9.0",
-    ),
-)
-
 PEERS = (
     Peer("llama", "transformer", "hugging_face:Transformers", LLAMA),
     Peer("llama_static", "transformer", "hugging_face:StaticTransformers", LLAMA, measures=DECODE),
@@ -84,16 +72,19 @@ PEERS = (
         "performer_pytorch",
         "performer",
         "performer_pytorch:Performer",
+        {"num_features": 256},  # as many as ours has for heads of 64
         measures=FORWARD,
-        environment=PERFORMER_PYTORCH,
-    ),
-    Peer(
-        "performer_pytorch_encoder",
-        "performer",
-        "performer_pytorch:Performer",
-        {"causal": False},
-        measures=FORWARD,
-        environment=PERFORMER_PYTORCH,
+        environment=Environment(
+            "performer_pytorch",
+            packages=("einops==0.8.2",),
+            unaided=(
+                "performer-pytorch==1.1.4",
+                "axial-positional-embedding==0.3.12",
+                "local-attention==1.11.2",
+                "hyper-connections==0.4.11",
+                "setuptools==80.9.0",  # distutils, which Python 3.12 is without
+            ),
+        ),
     ),
     Peer("rwkv", "rwkv4", "hugging_face:Rwkv4", RWKV4),
     Peer(

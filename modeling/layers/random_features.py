@@ -2,7 +2,6 @@
 al., 2020, arXiv:2009.14794)."""
 
 import torch
-from torch import nn
 from transformers import initialization as init
 
 from .training_buffer import TrainingBuffer
@@ -35,8 +34,8 @@ class OrthogonalFeatures(TrainingBuffer):
         return orthogonal_directions(*value.shape, int(self.seed) + int(self.steps)).to(value)
 
     def projected(self, x: torch.Tensor, scaling: float) -> torch.Tensor:
-        """sqrt(scaling) x [batch, length, heads, dim] along all directions, [batch, length, heads, features], in float32
-        at least. In memory heads come first, as the products that follow want them."""
+        """sqrt(scaling) x along all directions, [batch, length, heads, dim] -> [batch, length, heads, features], in
+        float32 at least. In memory heads come first, as the products that follow want them."""
         if self.redraw_interval is not None:
             self.observe(self.value.new_ones(()))
         wide = torch.promote_types(x.dtype, torch.float32)

@@ -33,7 +33,10 @@ NAMES = {
 
 
 def our_name(name: str) -> str | None:
-    outside = {"token_emb.weight": "embed_tokens.weight", "pos_emb.emb.weight": "embed_positions.embed_positions.weight"}
+    outside = {
+        "token_emb.weight": "embed_tokens.weight",
+        "pos_emb.emb.weight": "embed_positions.embed_positions.weight",
+    }
     if name in outside:
         return outside[name]
     if name.startswith("norm."):

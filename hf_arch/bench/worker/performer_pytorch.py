@@ -1,4 +1,4 @@
-"""performer-pytorch's language model. It has no cache: what it would generate, it reads anew at each token."""
+"""performer-pytorch's causal language model, which has no cache."""
 
 import importlib
 
@@ -6,9 +6,9 @@ from .subject import Subject
 
 
 class Performer(Subject):
-    """With as many features as ours, and its own rotary positions."""
+    """With as many features as ours."""
 
-    def __init__(self, shape: dict, longest: int, causal: bool = True, **options):
+    def __init__(self, shape: dict, longest: int, **options):
         size, heads = shape["hidden_size"], shape["num_attention_heads"]
         self.model = importlib.import_module("performer_pytorch").PerformerLM(
             num_tokens=shape["vocab_size"],
@@ -18,7 +18,8 @@ class Performer(Subject):
             heads=heads,
             dim_head=size // heads,
             ff_mult=shape["intermediate_size"] // size,
-            causal=causal,
+            nb_features=options["num_features"],
+            causal=True,
         )
 
     def logits(self, ids):

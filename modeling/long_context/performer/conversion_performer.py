@@ -1,4 +1,5 @@
-"""A Performer that begins with the weights of a Transformer, whose attention its features estimate: Llama, GPT-2, BERT."""
+"""A Performer that begins with the weights of a Transformer, whose attention its features estimate: Llama's, GPT-2's or
+BERT's."""
 
 from collections.abc import Callable
 from dataclasses import replace
