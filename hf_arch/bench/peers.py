@@ -76,8 +76,8 @@ PEERS = (
         measures=FORWARD,
         environment=Environment(
             "performer_pytorch",
-            packages=("einops==0.8.2",),
             unaided=(
+                "einops==0.8.2",
                 "performer-pytorch==1.1.4",
                 "axial-positional-embedding==0.3.12",
                 "local-attention==1.11.2",

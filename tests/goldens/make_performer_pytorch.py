@@ -1,10 +1,10 @@
-"""Write performer_pytorch.safetensors: weights of small models of performer-pytorch 1.1.4, under our names, and what they
-answer in float64.
+"""Write performer_pytorch.safetensors: weights of small models of performer-pytorch 1.1.4, under our names, and what
+they answer in float64.
 
     python tests/goldens/make_performer_pytorch.py --peer FOLDER_WITH_THE_PACKAGE
 
-It adds an epsilon to the features of the softmax kernel, which are relative to the largest of the whole text, what is to
-come included. That is no part of the paper's estimate, and not causal: here the epsilon is 0.
+It adds an epsilon to the features of the softmax kernel, which are relative to the largest of the whole text, what is
+to come included. That is no part of the paper's estimate, and not causal: here the epsilon is 0.
 """
 
 import argparse
