@@ -8,11 +8,11 @@ from .training_buffer import TrainingBuffer
 
 
 class OrthogonalFeatures(TrainingBuffer):
-    """Random directions `value` [features, dim], orthogonal in blocks of `dim`, with the lengths of Gaussian vectors:
-    each is one (section 2.4). Others are drawn after every `redraw_interval` optimizer steps.
+    """Random directions `value` [features, dim]: Gaussian vectors, those of a block of `dim` at right angles. Others are
+    drawn after every `redraw_interval` optimizer steps, and follow from the seed and the step alone, which are saved:
+    all processes, and a run that goes on from a checkpoint, draw the same.
 
-    The n-th directions follow from the seed alone, which is saved, too: all processes, and a run that goes on from a
-    checkpoint, draw the same.
+    A module around it calls `count_step` in forward.
     """
 
     def __init__(self, config):
@@ -27,6 +27,11 @@ class OrthogonalFeatures(TrainingBuffer):
         init.zeros_(self.steps)
         init.copy_(self.value, orthogonal_directions(*self.value.shape, seed))
 
+    def count_step(self) -> None:
+        """The optimizer step after this forward pass is one of those that are counted."""
+        if self.redraw_interval is not None:
+            self.observe(self.value.new_ones(()))
+
     def update(self, value, seen):
         self.steps += 1
         if int(self.steps) % self.redraw_interval:
@@ -36,8 +41,6 @@ class OrthogonalFeatures(TrainingBuffer):
     def projected(self, x: torch.Tensor, scaling: float) -> torch.Tensor:
         """sqrt(scaling) x along all directions, [batch, length, heads, dim] -> [batch, length, heads, features], in
         float32 at least. In memory heads come first, as the products that follow want them."""
-        if self.redraw_interval is not None:
-            self.observe(self.value.new_ones(()))
         wide = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             directions = self.value.to(wide) * scaling**0.5
@@ -54,11 +57,11 @@ class OrthogonalFeatures(TrainingBuffer):
 
 
 class SoftmaxFeatures(OrthogonalFeatures):
-    """exp(w x - |x|^2 / 2) for each direction w: the mean of their products is exp(x y) (lemma 1, positive features).
-    What is computed is at most 1; with no epsilon added, weights are those of the lemma, whatever the scale."""
+    """exp(w x - |x|^2 / 2) for each direction w: the mean of their products is exp(x y) (lemma 1). No epsilon is added,
+    which would draw weights together; what is computed is at most 1."""
 
     def of_queries(self, query, scaling):
-        return self.projected(query, scaling).softmax(-1)  # exponentials, in one pass
+        return self.projected(query, scaling).softmax(-1)
 
     def of_keys(self, key, scaling):
         logarithm = self.projected(key, scaling)
@@ -68,10 +71,10 @@ class SoftmaxFeatures(OrthogonalFeatures):
 
 
 class ReLUFeatures(OrthogonalFeatures):
-    """max(w x, 0) + epsilon for each direction w: generalised attention (section 2.2 and figure 5)."""
+    """max(w x, 0) + epsilon for each direction w: generalised attention (section 2.2)."""
 
     def of_queries(self, query, scaling):
-        return self.projected(query, scaling).relu_().add_(self.epsilon)
+        return self.projected(query, scaling).relu_() + self.epsilon
 
     def of_keys(self, key, scaling):
         features = self.of_queries(key, scaling)

@@ -33,6 +33,7 @@ class FavorAttention(Attention):
         layer_idx: int = 0,
         **kwargs,
     ) -> torch.Tensor:
+        self.features.count_step()
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = (proj(hidden_states).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         query, key = position_embeddings.rotate(query, key)
