@@ -213,7 +213,6 @@ def test_a_warm_start_is_not_verified(tmp_path):
         ({"num_features": 0}, "num_features is 0"),
         ({"feature_redraw_interval": 0}, "feature_redraw_interval is 0"),
         ({"kernel_epsilon": 0.0}, "kernel_epsilon is 0.0"),
-        ({"attention_dropout": 0.1}, "weights of attention are never made here"),
         ({"layer_types": ["bidirectional_favor"] * 2}, "direction 'causal' has layers of type favor"),
         ({"position_type": "alibi"}, "position_type"),
         ({"direction": "prefix"}, "direction"),

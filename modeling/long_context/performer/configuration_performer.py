@@ -11,7 +11,7 @@ from ...dense.transformer.configuration_transformer import ArchTransformerConfig
 @strict
 class ArchPerformerConfig(ArchTransformerConfig):
     """The choices of the Transformer, save those that touch single pairs of tokens: there is no bias of their scores,
-    and no dropout of their weights. Feed-forwards are by default dense, with gelu.
+    and `attention_dropout` has nothing to drop. Feed-forwards are by default dense, with gelu.
 
     kernel_type (`str`, defaults to `"softmax"`):
         What the products of features estimate: `"softmax"`, the attention of a Transformer; `"relu"`, generalised
@@ -54,8 +54,3 @@ class ArchPerformerConfig(ArchTransformerConfig):
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
         if self.kernel_epsilon <= 0:
             raise ValueError(f"kernel_epsilon is {self.kernel_epsilon}; it must be positive.")
-        if self.attention_dropout:
-            raise ValueError(
-                f"attention_dropout is {self.attention_dropout}, but weights of attention are never made here: set it "
-                "to 0, and hidden_dropout for the answers of layers."
-            )

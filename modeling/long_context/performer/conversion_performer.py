@@ -9,12 +9,11 @@ from ...skeleton.conversion import WARM_START, Fields
 
 
 def estimating(config: Callable[[Fields], Fields]) -> Callable[..., Fields]:
-    """The same fields, but for the dropout of weights that are never made, and what a Performer adds."""
+    """The same fields, where a Transformer's default is not ours, too, and what a Performer adds."""
 
     def performer_config(fields: Fields, **choices) -> Fields:
         fields = config(fields)
-        gated = {"feed_forward_types": ["gated"] * fields["num_hidden_layers"]}  # what a Transformer has by default
-        return gated | fields | {"attention_dropout": 0.0} | choices
+        return {"feed_forward_types": ["gated"] * fields["num_hidden_layers"]} | fields | choices
 
     return performer_config
 

@@ -22,8 +22,7 @@ GUEST_CONFIGS += ArchRWKV4Config, ArchRWKV7Config, ArchHyenaConfig, ArchPerforme
 CONFIGS: dict[str, type[ArchConfig]] = {
     kind: config for config in GUEST_CONFIGS for kind in config.layer_kinds if kind in RECURRENT
 }
-# What is no choice for mixers that stand among others
-FIXED = {"rwkv7": {"value_residual": False}, "favor": {"attention_dropout": 0.0}}
+FIXED = {"rwkv7": {"value_residual": False}}  # what is no choice for mixers that stand among others
 # What a stack and the mixers in it have in common
 SHARED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
 SHARED += ("norm_eps", "max_position_embeddings", "initializer_range", "hidden_dropout", "attention_dropout")
