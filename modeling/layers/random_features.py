@@ -9,8 +9,8 @@ from .training_buffer import TrainingBuffer
 
 class OrthogonalFeatures(TrainingBuffer):
     """Random directions `value` [features, dim]: Gaussian vectors, those of a block of `dim` at right angles. Others
-    are drawn after every `redraw_interval` optimizer steps, and follow from the seed and the step alone, which are saved:
-    all processes, and a run that goes on from a checkpoint, draw the same.
+    are drawn after every `redraw_interval` optimizer steps, and follow from the seed and the step alone, which are
+    saved: all processes, and a run that goes on from a checkpoint, draw the same.
 
     A module around it calls `count_step` in forward.
     """
