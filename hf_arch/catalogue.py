@@ -285,6 +285,16 @@ ARCHITECTURES = (
         },
     ),
     Architecture(
+        "performer",
+        "ArchPerformer",
+        family="long_context",
+        title="Performer",
+        paper="arXiv:2009.14794",
+        heads=(*DECODER, "ForMaskedLM"),
+        tiny={"num_key_value_heads": 2},
+        head_fields={"ForMaskedLM": {"direction": "bidirectional"}},
+    ),
+    Architecture(
         "mixtral",
         "ArchMixtral",
         family="moe",

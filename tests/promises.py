@@ -37,6 +37,10 @@ VARIANTS = {
         "prefix": {"direction": "prefix"},
         "sparse": {"feed_forward_types": ["gated", "sparse"], "num_local_experts": 4, "moe_intermediate_size": 24},
     },
+    "performer": {
+        "relu": {"kernel_type": "relu", "position_type": "learned", "num_key_value_heads": None}
+        | {"norm_type": "layer_norm", "attention_bias": True},
+    },
     "retnet": {"sparse": {"feed_forward_types": ["sparse"] * 2, "num_local_experts": 4, "num_experts_per_tok": 1}},
     "hybrid": {
         "jamba": {"layer_types": ["ssd", "full_attention"], "feed_forward_types": ["gated", "sparse"]}

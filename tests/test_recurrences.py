@@ -17,6 +17,7 @@ from hf_arch.modeling.ops.convolution import causal_convolution, chunk_convoluti
 from hf_arch.modeling.ops.decayed_attention import chunk_decayed_attention, recurrent_decayed_attention
 from hf_arch.modeling.ops.delta_rule import chunk_delta_rule, recurrent_delta_rule
 from hf_arch.modeling.ops.diagonal_state_space import chunk_diagonal_state_space, recurrent_diagonal_state_space
+from hf_arch.modeling.ops.linear_attention import chunk_linear_attention, recurrent_linear_attention
 from hf_arch.modeling.ops.long_convolution import long_convolution, recurrent_long_convolution
 from hf_arch.modeling.ops.low_rank_state_space import chunk_low_rank_state_space, recurrent_low_rank_state_space
 from hf_arch.modeling.ops.retention import chunk_retention, recurrent_retention
@@ -132,6 +133,13 @@ OPS = {
         fixed={5: (6,)},
         signs={3: -1},
         decays=3,
+    ),
+    "linear_attention": Op(
+        recurrent_linear_attention,
+        chunk_linear_attention,
+        ((3, 8), (3, 8), (3, 5), (3,)),
+        (3, 8, 7),
+        signs={0: 1, 1: 1},
     ),
     "delta_rule": Op(
         recurrent_delta_rule,

@@ -3,7 +3,9 @@
 import math
 
 from hf_arch.bench.costs import CHUNK, Cost, Span, cost, projections
+from hf_arch.modeling.layers.random_features import SoftmaxFeatures
 from hf_arch.modeling.layers.state_space import DiagonalStateSpace
+from hf_arch.modeling.long_context.performer.modeling_performer import FavorAttention
 from hf_arch.modeling.long_context.reformer.modeling_reformer import BlockAttention
 from hf_arch.modeling.ops.delta_rule import DELTA_CHUNK
 from hf_arch.modeling.state_space.h3.modeling_h3 import H3
@@ -24,6 +26,23 @@ def retention(module: MultiScaleRetention, span: Span) -> Cost:
     return projections(module, span) + Cost(
         operations=span.tokens * (4 * state + within),
         exponentials=span.tokens * value_size,
+        numbers=2 * state,
+    )
+
+
+@cost.register
+def favor(module: FavorAttention, span: Span) -> Cost:
+    """Features of queries and keys, what keys add to the state and queries read of it, and scores inside a chunk."""
+    features, head_dim = module.features.value.shape
+    size, heads = module.q_proj.out_features, module.q_proj.out_features // head_dim
+    state = features * (size + heads)  # a sum of weights beside those of values
+    of_keys = features * module.k_proj.out_features // head_dim
+    chunk = min(CHUNK, span.tokens) if module.is_causal and span.tokens > 1 else 0
+    made = features * size + of_keys * head_dim
+    smooth = features * heads + of_keys if isinstance(module.features, SoftmaxFeatures) else 0
+    return projections(module, span) + Cost(
+        operations=2 * span.tokens * (made + 2 * state + chunk * (features * heads + size)),
+        exponentials=span.tokens * smooth,
         numbers=2 * state,
     )
 

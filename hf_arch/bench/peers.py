@@ -72,6 +72,24 @@ PEERS = (
         environment=Environment("mambapy", unaided=("mambapy==1.2.0",)),
     ),
     Peer("mamba2", "ssd", "hugging_face:Mamba2", MAMBA2),
+    Peer(
+        "performer_pytorch",
+        "performer",
+        "performer_pytorch:Performer",
+        {"num_features": 256},  # as many as ours has for heads of 64
+        measures=FORWARD,
+        environment=Environment(
+            "performer_pytorch",
+            unaided=(
+                "einops==0.8.2",
+                "performer-pytorch==1.1.4",
+                "axial-positional-embedding==0.3.12",
+                "local-attention==1.11.2",
+                "hyper-connections==0.4.11",
+                "setuptools==80.9.0",  # distutils, which Python 3.12 is without
+            ),
+        ),
+    ),
     Peer("rwkv", "rwkv4", "hugging_face:Rwkv4", RWKV4),
     Peer(
         "rwkv_package",

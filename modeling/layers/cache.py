@@ -177,6 +177,7 @@ class StaticHistoryCacheLayer(StaticRecurrentCacheLayer):
 # The layers that keep states, as config.layer_types names them: what a new recurrence has to be in
 RECURRENT = (
     "causal_window_attention",
+    "favor",
     "h3",
     "hyena",
     "local_attention",

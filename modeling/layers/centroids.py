@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from transformers import initialization as init
 
+from ..ops.precision import without_autocast
 from .training_buffer import TrainingBuffer
 
 
@@ -30,7 +31,7 @@ class Centroids(TrainingBuffer):
         """How near tokens [batch, length, heads, dim], all of one length, are to each centroid: [batch, heads, length,
         clusters]. In float32 at least, so that what chooses does not depend on how a text is cut."""
         wide = torch.promote_types(tokens.dtype, torch.float32)
-        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(tokens):
             return tokens.to(wide).transpose(1, 2) @ self.value.to(wide).transpose(1, 2)
 
     def nearest(self, affinity: torch.Tensor) -> torch.Tensor:

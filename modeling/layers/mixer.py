@@ -67,7 +67,7 @@ class PiecewiseMixer(Mixer):
         layer_idx: int = 0,
         **kwargs,
     ) -> torch.Tensor:
-        return in_pieces(self.mix, hidden_states, attention_mask, self.memory(past_key_values, layer_idx))
+        return in_pieces(self.mix, (hidden_states,), attention_mask, self.memory(past_key_values, layer_idx))
 
 
 def carry_on(
@@ -83,21 +83,22 @@ def carry_on(
 
 def in_pieces(
     mix: Callable,
-    hidden_states: torch.Tensor,
+    tensors: tuple[torch.Tensor, ...],
     documents: torch.Tensor | None,
     memory: RecurrentCacheLayer | None,
 ) -> torch.Tensor:
-    """mix(hidden_states, documents, memory) a few tokens after another, from state to state: on a CPU, what is made of
-    them stays in the cache, which is several times as fast as the memory. The answer is the same."""
-    batch, length, _ = hidden_states.shape
+    """mix(*tensors [batch, length, ...], documents, memory) a few tokens after another, from state to state: on a CPU,
+    what is made of them stays in the cache, which is several times as fast as the memory. The answer is the same."""
+    batch, length = tensors[0].shape[:2]
     size = max(PIECE // batch, PIECE // 8)
-    if length <= size or hidden_states.device.type != "cpu" or torch.compiler.is_compiling():
-        return mix(hidden_states, documents, memory)
+    if length <= size or tensors[0].device.type != "cpu" or torch.compiler.is_compiling():
+        return mix(*tensors, documents, memory)
     passing = RecurrentCacheLayer()
     if memory is not None and memory.is_initialized:
         passing.write(0, **memory.states)
     numbers = repeat(None) if documents is None else document_pieces(documents, size)
-    outputs = [mix(*piece, passing) for piece in zip(hidden_states.split(size, dim=1), numbers, strict=False)]
+    pieces = zip(*(tensor.split(size, dim=1) for tensor in tensors), numbers, strict=False)
+    outputs = [mix(*piece, passing) for piece in pieces]
     if memory is not None:
         memory.write(length, **passing.states)
     return torch.cat(outputs, dim=1)

@@ -67,6 +67,18 @@ class Stack:
         return left
 
 
+def refuse(reason: str) -> Callable:
+    """An `original` of a Conversion that there is none of."""
+
+    def original(folder: Path, fields: Fields, tensors: Tensors, head: str):
+        raise ValueError(f"There is nothing to compare with: {reason}")
+
+    return original
+
+
+WARM_START = refuse("a warm start answers otherwise than the model that it begins with.")
+
+
 @dataclass(frozen=True)
 class Conversion:
     """How the checkpoints of one original are read.
@@ -80,6 +92,7 @@ class Conversion:
     rules: the first that matches a tensor's name holds.
     prepare: (tensors, fields) -> tensors, where names differ by age, or a tensor is shared or absent by design.
     stacks: matrices of experts that are one tensor in ours, put together before the rules.
+    fresh: what the original does not have, and begins as in a new model: a pattern of our names.
     original: (folder, fields, tensors, head) -> the original's own model, a callable on ids that answers with logits or
         hidden states; by default transformers' class of the head.
     """
@@ -94,6 +107,7 @@ class Conversion:
     describe: Callable[[Tensors], Fields] | None = None
     prepare: Callable[[Tensors, Fields], Tensors] = lambda tensors, fields: tensors
     stacks: tuple[Stack, ...] = ()
+    fresh: str | None = None
     original: Callable[[Path, Fields, Tensors, str], Callable] | None = None
 
     def takes(self, fields: Fields) -> bool:
@@ -137,7 +151,8 @@ class Conversion:
                 else:
                     state[name], origin[name] = piece, source
         self.tie(state, origin, model, faults)
-        for name in sorted(wanted.keys() - state.keys() - misfits):
+        fresh = {name for name in wanted if self.fresh and re.fullmatch(self.fresh, name)}
+        for name in sorted(wanted.keys() - state.keys() - misfits - fresh):
             faults.add("parameters that the checkpoint does not have", name)
         faults.report()
         return {name: separate(tensor) for name, tensor in state.items()}

@@ -7,13 +7,12 @@ a copy of the one before it, and the table of positions is cut to what a segment
 import math
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from transformers import BertConfig, RobertaConfig
 
 from ...dense.transformer.conversion_transformer import BERT_LAYER, bert_config, weights_and_biases
-from ...skeleton.conversion import Conversion, Fields, Rule, Tensors, require
+from ...skeleton.conversion import WARM_START, Conversion, Fields, Rule, Tensors, refuse, require
 
 KINDS = {"sentence_encoder": "level_0", "document_encoder": "level_1"}
 OF_TRANSFORMER = ("direction", "residual_type", "norm_type", "position_type", "feed_forward_types")
@@ -119,13 +118,6 @@ def cut_tables(after_padding: bool) -> Callable:
     return cut
 
 
-def refuse(reason: str) -> Callable:
-    def original(folder: Path, fields: Fields, tensors: Tensors, head: str):
-        raise ValueError(f"There is nothing to compare with: {reason}")
-
-    return original
-
-
 def encoder_rules(prefix: str, layer: Callable, *positions: Rule) -> tuple[Rule, ...]:
     """`layer` makes the target in our layers of what a part of theirs is called in ours."""
     begin = rf"(?:{prefix}\.)?"
@@ -172,8 +164,6 @@ HAT = Conversion(  # not of its ForMultipleChoice, which looks at the last segme
     ),
 )
 
-WARM = refuse("a warm start answers otherwise than the model that it begins with.")
-
 ROBERTA = Conversion(
     model_type="roberta",
     config=warm_config(RobertaConfig, lambda fields: fields.get("pad_token_id", 1) + 1),
@@ -185,7 +175,7 @@ ROBERTA = Conversion(
         "RobertaForTokenClassification": "ForTokenClassification",
     },
     default_head="ForMaskedLM",
-    original=WARM,
+    original=WARM_START,
     rules=encoder_rules("roberta", copies, warm_positions("roberta", after_padding=True)) + ROBERTA_HEADS,
 )
 
@@ -202,7 +192,7 @@ BERT = Conversion(
     },
     default_head="ForMaskedLM",
     prepare=weights_and_biases,
-    original=WARM,
+    original=WARM_START,
     rules=(
         *encoder_rules("bert", copies, warm_positions("bert", after_padding=False)),
         Rule(r"cls\.seq_relationship\.\w+"),

@@ -15,6 +15,7 @@ from ...layers.positions import AxialPositions
 from ...layers.record import AttentionWeights
 from ...layers.reversible import Choices, Reversible
 from ...ops.bucketed_attention import bucketed_weights
+from ...ops.precision import without_autocast
 from ...ops.sorted_attention import sorted_attention, sorted_weights
 from ...skeleton.backbone import Backbone
 from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
@@ -129,7 +130,7 @@ class LSHAttention(BlockAttention):
     def choose(self, query: torch.Tensor) -> torch.Tensor:
         """The buckets [batch, length, heads, rounds] of queries [batch, length, heads, dim]."""
         wide = torch.promote_types(query.dtype, torch.float32)
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query):
             turned = torch.einsum("blhd,hdra->blhra", query.to(wide), self.rotations.to(wide))
         buckets, number = 0, 1
         for factor, part in zip(self.factors, turned.split([n // 2 for n in self.factors], dim=-1), strict=True):

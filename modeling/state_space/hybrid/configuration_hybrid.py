@@ -6,6 +6,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from ...dense.transformer.configuration_transformer import ArchTransformerConfig
 from ...layers.cache import RECURRENT
+from ...long_context.performer.configuration_performer import ArchPerformerConfig
 from ...skeleton.config import ArchConfig
 from ..h3.configuration_h3 import ArchH3Config
 from ..hyena.configuration_hyena import ArchHyenaConfig
@@ -17,7 +18,7 @@ from ..s6.configuration_s6 import ArchS6Config
 from ..ssd.configuration_ssd import ArchSSDConfig
 
 GUEST_CONFIGS = ArchRetNetConfig, ArchS4Config, ArchH3Config, ArchS6Config, ArchSSDConfig
-GUEST_CONFIGS += ArchRWKV4Config, ArchRWKV7Config, ArchHyenaConfig
+GUEST_CONFIGS += ArchRWKV4Config, ArchRWKV7Config, ArchHyenaConfig, ArchPerformerConfig
 CONFIGS: dict[str, type[ArchConfig]] = {
     kind: config for config in GUEST_CONFIGS for kind in config.layer_kinds if kind in RECURRENT
 }

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from ...layers.attention import Attention, SlidingAttention
 from ...layers.mixer import Mixer
+from ...long_context.performer.modeling_performer import ArchPerformerModel
 from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
 from ...skeleton.heads import CausalLM
 from ...skeleton.laboratory import Laboratory
@@ -19,7 +20,7 @@ from ..ssd.modeling_ssd import ArchSSDModel
 from .configuration_hybrid import CONFIGS, ArchHybridConfig
 
 GUEST_MODELS = ArchRetNetModel, ArchS4Model, ArchH3Model, ArchS6Model, ArchSSDModel
-GUEST_MODELS += ArchRWKV4Model, ArchRWKV7Model, ArchHyenaModel
+GUEST_MODELS += ArchRWKV4Model, ArchRWKV7Model, ArchHyenaModel, ArchPerformerModel
 MIXERS = {kind: mixer for model in GUEST_MODELS for kind, mixer in model.mixers.items() if kind in CONFIGS}
 
 
