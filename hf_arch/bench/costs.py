@@ -18,7 +18,7 @@ from hf_arch.modeling.layers.experts import SparseFeedForward
 from hf_arch.modeling.layers.feed_forward import MLP
 from hf_arch.modeling.layers.mixer import Mixer
 from hf_arch.modeling.long_context.longformer.modeling_longformer import WindowAttention
-from hf_arch.modeling.long_context.transformer_xl.modeling_transformer_xl import SegmentRecurrence
+from hf_arch.modeling.long_context.modeling_segment_recurrence import SegmentRecurrence
 from hf_arch.modeling.ops.segment_rows import Window
 from hf_arch.modeling.skeleton.backbone import Backbone
 
