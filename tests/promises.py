@@ -75,6 +75,11 @@ VARIANTS = {
         }
         | {"feed_forward_types": ["gated", "sparse"], "num_local_experts": 4, "mlp_bias": False},
     },
+    "compressive_transformer": {
+        "most_used": {"compression": "most_used", "memory_length": 16, "compressed_memory_length": 6}
+        | {"compression_rate": 2},
+        "dilated": {"compression": "dilated_convolution", "residual_type": "pre_norm", "num_attention_heads": 2},
+    },
     "longformer": {
         "wide": {"attention_window": 200},
         "layers": {"attention_window": [8, 12], "attention_dilation": [1, 2]},

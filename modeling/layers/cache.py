@@ -176,6 +176,7 @@ class StaticHistoryCacheLayer(StaticRecurrentCacheLayer):
 # The layers that keep states, as config.layer_types names them: what a new recurrence has to be in
 RECURRENT = (
     "causal_window_attention",
+    "compressive_recurrence",
     "h3",
     "hyena",
     "modal_hyena",

@@ -1,4 +1,4 @@
-"""What architectures have in common whose layers also see what they saw a segment ago (Transformer-XL: Dai et al., 2019,
+"""What architectures have in common whose layers also see what they saw a segment ago (Dai et al., 2019,
 arXiv:1901.02860)."""
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from ..layers.mixer import Mixer
 from ..layers.positions import NoPositions
 from ..layers.residual import PostNorm, PreNorm
 from ..ops.segment_attention import block_segment_attention, dense_segment_attention
-from ..ops.segment_rows import SegmentState
+from ..ops.segment_rows import Projected, SegmentState
 from ..skeleton.backbone import Backbone
 from ..skeleton.heads import CausalLM
 from .configuration_segment_recurrence import SegmentRecurrenceConfig
@@ -84,8 +84,23 @@ class RelativeKeys(Derived):
         return self.r_proj(self.dropout(waves)).unflatten(-1, (self.num_heads, -1))
 
 
+class Reading(NamedTuple):
+    """What a call of a mixer reads, and with what."""
+
+    hidden_states: torch.Tensor
+    biases: QueryBiases | SharedBiases
+    told: dict  # documents, initial_state, output_final_state: as ops know them
+    layer_idx: int
+
+    @property
+    def length(self) -> int:
+        return self.hidden_states.shape[1]
+
+
 class SegmentRecurrence(Mixer):
     """Relative attention over a token's segment and the memory before it."""
+
+    state = SegmentState
 
     def __init__(self, config: SegmentRecurrenceConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -112,38 +127,48 @@ class SegmentRecurrence(Mixer):
     ) -> torch.Tensor:
         memory = self.memory(past_key_values, layer_idx)
         state = None if memory is None else self.recall(memory)
-        length = hidden_states.shape[1]
-        query, key, value = (self.project(name, hidden_states) for name in ("q_proj", "k_proj", "v_proj"))
-        still = None
-        if hidden_states.requires_grad and (length > self.window.segment or state is not None):
-            # What an earlier segment said trains the weights that look at it, but not the layers below
-            still = tuple(self.project(name, hidden_states.detach()) for name in ("k_proj", "v_proj"))
-        attend = dense_segment_attention if length == 1 else block_segment_attention
-        biases = self.biases or position_embeddings
-        output, state = attend(
-            query + biases.content_bias,
-            query + biases.distance_bias,
+        told = {"documents": attention_mask, "initial_state": state, "output_final_state": memory is not None}
+        read = Reading(hidden_states, self.biases or position_embeddings, told, layer_idx)
+        output, state = self.attend(read, **kwargs)
+        if memory is not None:
+            memory.write(hidden_states.shape[1], **{f"memory_{name}": x for name, x in state._asdict().items()})
+        return self.o_proj(output.flatten(-2))
+
+    def attend(self, read: Reading, **kwargs) -> tuple[torch.Tensor, SegmentState | None]:
+        return self.look(read, *self.projections(read))
+
+    def look(
+        self, read: Reading, query, key, value, still, zero=0.0, **told
+    ) -> tuple[torch.Tensor, SegmentState | None]:
+        """`zero`: a number that takes part for the sake of its gradient."""
+        attend = dense_segment_attention if read.length == 1 else block_segment_attention
+        return attend(
+            query + (read.biases.content_bias + zero),
+            query + read.biases.distance_bias,
             key,
             value,
             self.relative(),
             self.window,
             still=still,
-            documents=attention_mask,
-            initial_state=state,
-            output_final_state=memory is not None,
             dropout=self.attention_dropout if self.training else 0.0,
+            **(read.told | told),
         )
-        if memory is not None:
-            memory.write(length, **{f"memory_{name}": held for name, held in state._asdict().items()})
-        return self.o_proj(output.flatten(-2))
+
+    def projections(self, read: Reading) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Projected | None]:
+        """Query, key, value, and what later segments see of keys and values where it is something else."""
+        x, still = read.hidden_states, None
+        query, key, value = (self.project(name, x) for name in ("q_proj", "k_proj", "v_proj"))
+        if x.requires_grad and (read.length > self.window.segment or read.told["initial_state"] is not None):
+            # What an earlier segment said trains the weights that look at it, but not the layers below
+            still = tuple(self.project(name, x.detach()) for name in ("k_proj", "v_proj"))
+        return query, key, value, still
 
     def project(self, name: str, hidden_states: torch.Tensor) -> torch.Tensor:
         return getattr(self, name)(hidden_states).unflatten(-1, (self.num_heads, -1))
 
-    @staticmethod
-    def recall(memory) -> SegmentState | None:
-        held = [memory.read(f"memory_{name}") for name in SegmentState._fields]
-        return None if held[0] is None else SegmentState(*held)
+    def recall(self, memory) -> SegmentState | None:
+        held = [memory.read(f"memory_{name}") for name in self.state._fields]
+        return None if held[0] is None else self.state(*held)
 
 
 class SegmentBackbone(Backbone):
