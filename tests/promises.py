@@ -107,7 +107,12 @@ VARIANTS = {
 LAST_WINDOW = (
     r"model\.layers\.1\.mixer\.[qkv]_proj\..*"  # the token that speaks for the text is global, and sees past it
 )
-IDLE = {"longformer": dict.fromkeys(("ForSequenceClassification", "ForMultipleChoice"), LAST_WINDOW)}
+COMPRESSION = r"(model\.)?layers\.\d\.mixer\.compression\..*"  # it learns by a loss of its own, beside that of tokens
+WITHOUT_TOKENS = ("Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+IDLE = {
+    "longformer": dict.fromkeys(("ForSequenceClassification", "ForMultipleChoice"), LAST_WINDOW),
+    "compressive_transformer": dict.fromkeys(WITHOUT_TOKENS, COMPRESSION),
+}
 
 WINDOWS = {"padding does not enter the state": "transformers' cache of a window counts columns, padding included."}
 EXCEPTIONS = {"sliding": WINDOWS, "sliding_alibi": WINDOWS}

@@ -42,11 +42,10 @@ class Slots(NamedTuple):
     begin: torch.Tensor  # [rows or 1] the number of the first
     rate: Rate
 
-    @property
-    def memory(self) -> Memory:
+    def memory(self, fresh: bool) -> Memory:
         """The same as segments see it, side by side."""
         first, bound = self.rate.missing - self.begin, self.rate.missing + self.rate.reach
-        return Memory(self.pair, self.rate.slots, first, bound)
+        return Memory(self.pair, self.rate.slots, first, bound, fresh)
 
     def seen_from(self, place: torch.Tensor, known: torch.Tensor, window: Window) -> tuple[torch.Tensor, torch.Tensor]:
         """[batch, queries, slots] whether a token at a `place` [batch, queries] of the document sees a slot of its row,

@@ -18,7 +18,7 @@ from .segment_rows import Projected, SegmentRows
 
 def pieces_of_rows(rows: SegmentRows, segments: int, heads: int, call: Callable[[slice], torch.Tensor]) -> list:
     """call(part) of a few segments at once."""
-    count = max(1, ROOM // (len(rows.first) * heads * rows.window.segment**2))
+    count = max(1, ROOM // max(1, len(rows.first) * heads * rows.window.segment**2))
     return [call(slice(start, start + count)) for start in range(0, segments, count)]
 
 

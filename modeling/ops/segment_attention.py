@@ -14,7 +14,7 @@ documents [batch, length] as in `documents.py`; a state belongs to document 1.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -105,8 +105,9 @@ def block_segment_attention(
     queries = [rows.lay(x) for x in (content, distance)]
     live = rows.lay_keys((key, value), initial_state)
     held = live if still is None else rows.lay_keys(still, initial_state)
-    before = [] if slots is None else [slots.memory]
-    before.append(Memory(held, Window(window.segment, window.memory), rows.first, window.memory))
+    fresh = initial_state is None
+    before = [] if slots is None else [slots.memory(fresh)]
+    before.append(Memory(held, window, rows.first, window.memory, fresh))
     own = tuple(x[:, window.memory :] for x in live)
     output = rows.back(attend_blocks(*queries, own, before, relative, window, dropout))
     if not output_final_state:
@@ -123,31 +124,31 @@ def attend_blocks(content, distance, own: Projected, before: list[Memory], relat
     relative = F.pad(relative.flip(0), (0, 0, 0, 0, 0, 1)).permute(1, 2, 0)
     content, distance = (in_segments(x * dim**-0.5, segment) for x in (content, distance))
     pairs = [memory.blocks(length // segment) for memory in before]
-    pairs.append(tuple(in_segments(x, segment) for x in own))
-    count = max(1, ROOM // (rows * heads * min(segment, QUERIES) * span))
+    keys, values = zip(*pairs, tuple(in_segments(x, segment) for x in own), strict=True)
+    count = max(1, ROOM // max(1, rows * heads * min(segment, QUERIES) * span))
+    cut = (x.split(count, dim=2) for x in (content, distance, *keys, *values))
     outputs = []
-    for start in range(0, length // segment, count):
-        part = slice(start, start + count)
-        seen = [torch.cat([x[:, :, part] for x in parts], dim=-2) for parts in zip(*pairs, strict=True)]
-        asked = content[:, :, part], distance[:, :, part]
-        pieces = [
-            attend(*(x[:, :, :, here] for x in asked), *(x[:, :, :, shown] for x in seen), relative, hidden, dropout)
-            for here, shown, hidden in pieces_of_a_segment(window, start, before)
-        ]
-        outputs.append(torch.cat(pieces, dim=-2))
+    for number, (asked, beside, *seen) in enumerate(zip(*cut, strict=True)):
+        pair = torch.cat(seen[: len(keys)], dim=-2), torch.cat(seen[len(keys) :], dim=-2)
+        outputs.append(attend_segments(asked, beside, *pair, relative, number * count, before, window, dropout))
     return torch.cat(outputs, dim=2).permute(1, 2, 3, 0, 4).flatten(1, 2)
 
 
-def pieces_of_a_segment(
-    window: Window, start: int, before: list[Memory]
-) -> Iterator[tuple[slice, slice, Callable[[torch.Tensor], None]]]:
-    """Queries that are taken at once, the keys that one of them sees, and what hides the keys that others see."""
+def attend_segments(
+    content, distance, key, value, relative, start: int, before: list[Memory], window: Window, dropout: float
+):
+    """Of segments from `start` on, [heads, rows, segments, ...]: queries that are taken at once, with the keys that one
+    of them sees, and what hides the keys that others see."""
     reach = sum(memory.window.memory for memory in before)
-    for begin in range(0, window.segment, QUERIES):
-        end = min(begin + QUERIES, window.segment)
-        least = begin if window.same_length else 0
-        hidden = functools.partial(hide, window=window, before=before, start=start, least=least)
-        yield slice(begin, end), slice(least, reach + end), hidden
+    unseen = sum(memory.unseen(start + content.shape[2] - 1) for memory in before)
+    outputs, asked = [], zip(*(x.split(QUERIES, dim=-2) for x in (content, distance)), strict=True)
+    for begin, queries in zip(range(0, window.segment, QUERIES), asked, strict=True):
+        least = max(unseen, begin) if window.same_length else unseen
+        shown = slice(least, reach + begin + queries[0].shape[-2])
+        hidden = functools.partial(hide, window=window, before=before, start=start, begin=begin, least=least)
+        seen = (x[..., shown, :] for x in (key, value))
+        outputs.append(attend(*queries, *seen, relative, hidden, dropout))
+    return torch.cat(outputs, dim=-2)
 
 
 def attend(content, distance, key, value, relative, hidden: Callable, dropout: float) -> torch.Tensor:
@@ -170,23 +171,24 @@ def attend(content, distance, key, value, relative, hidden: Callable, dropout: f
     return output.unflatten(1, many[1:])
 
 
-def hide(scores: torch.Tensor, window: Window, before: list[Memory], start: int, least: int) -> None:
+def hide(scores: torch.Tensor, window: Window, before: list[Memory], start: int, begin: int, least: int) -> None:
     """Overwrite the scores [heads, rows, segments, queries, keys] of what is not visible. `start`: the number of the
-    first segment; `least`: how many keys at the beginning were left out, of which no query sees any."""
+    first segment; `begin`: the first query in a segment; `least`: how many of the first keys were left out."""
     *_, segments, queries, keys = scores.shape
     lowest, ones = torch.finfo(scores.dtype).min, scores.new_ones(queries, queries, dtype=torch.bool)
     scores[..., keys - queries :].masked_fill_(ones.triu(1), lowest)
-    if window.same_length:
-        scores[..., :queries].masked_fill_(ones.tril(-1), lowest)
+    if window.same_length and least < begin + queries:
+        scores[..., :queries].masked_fill_(ones.tril(begin - least - 1), lowest)
     column = 0
     for memory in before:
-        step, reach = memory.window.segment, max(0, memory.window.memory - least)
-        if start * step + least < memory.bound:
-            slot = start * step + least + torch.arange(reach, device=scores.device)
+        step, reach = memory.window.segment, memory.window.memory
+        left_out, least = min(least, reach), max(0, least - reach)
+        slot = torch.arange(start * step + left_out, start * step + reach, device=scores.device)
+        if len(slot) and start * step + left_out < memory.bound:
             slot = slot + step * torch.arange(segments, device=scores.device)[:, None]
             missing = (slot < memory.first[:, None, None])[None, :, :, None]
-            scores[..., column : column + reach].masked_fill_(missing, lowest)
-        column += reach
+            scores[..., column : column + reach - left_out].masked_fill_(missing, lowest)
+        column += reach - left_out
 
 
 def in_segments(x: torch.Tensor, segment: int) -> torch.Tensor:

@@ -57,7 +57,12 @@ class Memory(NamedTuple):
     pair: Projected  # [rows, window.memory + window.segment * segments, heads, dim]
     window: Window
     first: torch.Tensor  # [rows or 1] from where on the places are real
-    bound: int  # the most that `first` can be
+    bound: int  # the most that `first` can be, and is where rows are fresh
+    fresh: bool  # whether no row goes on with a document: it begins where the segments do
+
+    def unseen(self, segment: int) -> int:
+        """How many of the first places before a segment are surely not real."""
+        return min(max(self.bound - segment * self.window.segment, 0), self.window.memory) if self.fresh else 0
 
     def blocks(self, segments: int) -> Projected:
         """[heads, rows, segments, window.memory, dim]"""
@@ -152,9 +157,10 @@ class SegmentRows(NamedTuple):
         return self.window.memory + self.late - self.read
 
     def lay(self, x: torch.Tensor) -> torch.Tensor:
-        """[batch, length, heads, dim] -> [rows, segments * segment, heads, dim]."""
+        """[batch, length, heads, dim] -> [rows, segments * segment, heads, dim], a segment at least."""
         x = x if self.aligned is None else self.aligned.unpack(x)
-        return F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % self.window.segment))
+        missing = -x.shape[1] % self.window.segment if x.shape[1] else self.window.segment
+        return F.pad(x, (0, 0, 0, 0, 0, missing))
 
     def back(self, rows: torch.Tensor) -> torch.Tensor:
         return rows[:, : self.shape[1]] if self.aligned is None else self.aligned.repack(rows, *self.shape)
