@@ -17,8 +17,10 @@ from hf_arch.modeling.layers.attention import Attention
 from hf_arch.modeling.layers.experts import SparseFeedForward
 from hf_arch.modeling.layers.feed_forward import MLP
 from hf_arch.modeling.layers.mixer import Mixer
+from hf_arch.modeling.long_context.compressive_transformer.modeling_compressive_transformer import CompressiveRecurrence
 from hf_arch.modeling.long_context.longformer.modeling_longformer import WindowAttention
 from hf_arch.modeling.long_context.modeling_segment_recurrence import SegmentRecurrence
+from hf_arch.modeling.ops.compressed_memory import Rate
 from hf_arch.modeling.ops.segment_rows import Window
 from hf_arch.modeling.skeleton.backbone import Backbone
 
@@ -60,6 +62,12 @@ def segment_pairs(window: Window, span: Span) -> int:
     """The same where a token sees its segment and a memory before it."""
     places = torch.arange(span.before, span.before + span.tokens)
     return int((places + 1 - window.first_seen(places)).sum())
+
+
+def slot_pairs(rate: Rate, span: Span) -> int:
+    """Pairs of a token and a slot of a compressed memory that it sees."""
+    segments = torch.arange(span.before, span.before + span.tokens) // rate.tokens.segment
+    return int((segments * rate.slots.segment - rate.missing).clamp(0, rate.reach).sum())
 
 
 @singledispatch
@@ -150,6 +158,21 @@ def segment_recurrence(module: SegmentRecurrence, span: Span) -> Cost:
     return projections(module, span) + Cost(
         operations=6 * pairs * size, exponentials=pairs * module.num_heads, numbers=3 * keys * size
     )
+
+
+@cost.register
+def compressive_recurrence(module: CompressiveRecurrence, span: Span) -> Cost:
+    """The same with slots, each made of `rate` tokens and projected. A step may be the one that makes some."""
+    rate, width = module.rate, module.k_proj.out_features + module.v_proj.out_features
+    made = rate.unit // rate.rate if span.tokens == 1 else span.tokens // rate.rate
+    pairs, seen = slot_pairs(rate, span), min(slot_pairs(rate, Span(1, span.before + span.tokens)), rate.reach)
+    seeing = Cost(
+        operations=6 * pairs * module.q_proj.out_features,
+        exponentials=pairs * module.num_heads,
+        numbers=seen * 3 * width / 2,
+    )
+    making = cost(module.compression, Span(made)) + Cost(operations=2 * made * module.q_proj.in_features * width)
+    return segment_recurrence(module, span) + seeing + making
 
 
 def projections(module: nn.Module, span: Span) -> Cost:

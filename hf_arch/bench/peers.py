@@ -52,6 +52,17 @@ PEERS = (
         MIXTRAL | EXPERTS["batched_mm"],
         measures=DECODE,
     ),
+    Peer(
+        "compressive",
+        "compressive_transformer",
+        "compressive:Compressive",
+        measures=FORWARD,
+        environment=Environment(
+            "compressive",
+            packages=("einops",),
+            unaided=("compressive-transformer-pytorch==0.4.0", "mogrifier==0.0.5"),
+        ),
+    ),
     Peer("longformer", "hat", "hugging_face:Transformers", LONGFORMER, measures=FORWARD),
     Peer("longformer_chunks", "longformer", "hugging_face:Transformers", LONGFORMER, measures=FORWARD),
     Peer("t5_encoder", "encoder_decoder", "hugging_face:T5Encoder", T5, measures=FORWARD),
