@@ -32,7 +32,7 @@ RATES = {"matmul": 1e9, "bandwidth": 1e8, "exponential": 1e7}
 
 
 SEGMENTS = {"segment_length": 32, "memory_length": 32}
-SLOTS = {"compressed_memory_length": 32, "compression_rate": 16}
+SLOTS = {"compressed_memory_length": 8, "compression_rate": 16}
 WINDOWS = {"transformer_xl": SEGMENTS, "compressive_transformer": SEGMENTS | SLOTS}  # smaller than the text
 
 
