@@ -13,10 +13,12 @@ class SideLoss:
 
     def __init__(self):
         self.values: dict[int, torch.Tensor] = {}
-        self.gradient: torch.Tensor | None = None  # of the whole loss by the sum of the values
+        self.counts: dict[int, torch.Tensor] = {}
+        self.gradient: torch.Tensor | None = None  # of the whole loss by what `total` sums up
 
-    def attach(self, layer_idx: int, loss: torch.Tensor) -> torch.Tensor:
-        self.values[layer_idx] = loss.detach()
+    def attach(self, layer_idx: int, loss: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        """`loss`: a sum over `count` tokens."""
+        self.values[layer_idx], self.counts[layer_idx] = loss.detach(), count
         if loss.requires_grad:
             loss.register_hook(self.gradient_of)
         return 0.0 * loss
@@ -25,10 +27,15 @@ class SideLoss:
         return torch.zeros_like(gradient) if self.gradient is None else self.gradient.to(gradient.dtype)
 
     def total(self) -> torch.Tensor:
-        return sum(self.values.values())
+        """The sum over tokens and layers."""
+        return sum(self.values.values(), torch.zeros(()))
+
+    def mean(self) -> torch.Tensor:
+        """The mean over tokens, added up over the layers."""
+        return sum((self.values[i] / self.counts[i].clamp(min=1) for i in self.values), torch.zeros(()))
 
     def join(self, loss: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
-        """loss + weight * the sum of the values."""
+        """loss + weight * total."""
         whole = loss + weight * self.total().to(loss.device)
         if whole.requires_grad:
             whole.register_hook(lambda gradient: setattr(self, "gradient", gradient * weight))

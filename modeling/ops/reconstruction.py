@@ -71,9 +71,11 @@ def content_weights(query: torch.Tensor, key: torch.Tensor, hidden: torch.Tensor
     return wide_softmax(scores.masked_fill(hidden, torch.finfo(scores.dtype).min))
 
 
-def reconstruction_error(query: torch.Tensor, tokens: Projected, slots: Projected, rows: SegmentRows) -> torch.Tensor:
-    """The mean square of what is lost: attention(query, tokens that leave) - attention(query, their slots), over the
-    tokens of this call some of whose memory leaves.
+def reconstruction_error(
+    query: torch.Tensor, tokens: Projected, slots: Projected, rows: SegmentRows
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean square of what is lost, attention(query, tokens that leave) - attention(query, their slots), added up
+    over the tokens of this call some of whose memory leaves; and how many these are.
 
     slots: keys and values [rows, slots, heads, dim] that were made of the tokens. A segment that an earlier call has
     begun is left out: what leaves there may have left already.
@@ -85,7 +87,7 @@ def reconstruction_error(query: torch.Tensor, tokens: Projected, slots: Projecte
     begun = (torch.arange(start, length // segment, device=query.device) == 0) & (rows.late > 0)[:, None]
     asked = asked & ~begun[..., None]
     if not shown.shape[1]:
-        return 0.0 * slots[0].sum()
+        return 0.0 * slots[0].sum(), asked.sum()
     rate = length // slots[0].shape[1]
     query = blocks(query.detach(), segment)[:, start:]
     kept = [blocks(x, segment // rate)[:, start:] for x in slots]
@@ -93,7 +95,7 @@ def reconstruction_error(query: torch.Tensor, tokens: Projected, slots: Projecte
         expected = attention(query, *(blocks(x[:, :length], segment)[:, start:] for x in tokens), shown)
     lost = attention(query, *kept, shown.unflatten(-1, (-1, rate))[..., -1]) - expected
     square = lost.square().mean((2, 4)) * asked
-    return square.sum() / (asked.expand_as(square).sum()).clamp(min=1)
+    return square.sum(), asked.expand_as(square).sum()
 
 
 def blocks(x: torch.Tensor, size: int) -> torch.Tensor:

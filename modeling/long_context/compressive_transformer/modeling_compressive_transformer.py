@@ -22,7 +22,7 @@ from ...ops.compressed_memory import (
 from ...ops.reconstruction import last_segments, reconstruction_error, usage_of_rows, usage_of_step
 from ...ops.segment_rows import Projected, SegmentRows, SegmentState, find_rows, follow, remember
 from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
-from ...skeleton.loss import share_of_batch
+from ...skeleton.loss import share_of_batch, targets_of
 from ..modeling_segment_recurrence import Reading, SegmentBackbone, SegmentCausalLM, SegmentRecurrence
 from .configuration_compressive_transformer import ArchCompressiveTransformerConfig
 
@@ -101,8 +101,7 @@ class CompressiveRecurrence(SegmentRecurrence):
             kept = *keep_slots(slots, rows, state and state.slots), left
         if side_loss is not None:
             frozen = tuple(self.project_frozen(name, made) for name in ("k_proj", "v_proj"))
-            loss = reconstruction_error(query, tokens, frozen, rows)
-            zero = zero + side_loss.attach(read.layer_idx, loss)
+            zero = zero + side_loss.attach(read.layer_idx, *reconstruction_error(query, tokens, frozen, rows))
         return Past(slots, kept, zero)
 
     def step(self, read: Reading, state: CompressedState, query: torch.Tensor, key: torch.Tensor) -> Past:
@@ -179,8 +178,9 @@ class ArchCompressiveTransformerForCausalLM(SegmentCausalLM):
     ) -> CompressiveCausalLMOutput:
         """
         output_compression_loss (`bool`, *optional*):
-            Whether to answer with `compression_loss`, and to add it to the loss, times `config.compression_loss_coef`.
-            By default in training with labels, where the compression has parameters.
+            Whether to answer with `compression_loss`, a mean over the tokens before which something leaves the memory,
+            and to add its sum to the loss, over the number of labels and times `config.compression_loss_coef`. By
+            default in training with labels, where the compression has parameters.
         """
         if output_compression_loss is None:
             learns = any(True for _ in self.model.layers[0].mixer.compression.parameters())
@@ -190,10 +190,11 @@ class ArchCompressiveTransformerForCausalLM(SegmentCausalLM):
         outputs = super().forward(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, **told)
         outputs = CompressiveCausalLMOutput(**outputs)
         if side_loss is not None:
-            outputs.compression_loss = side_loss.total()
+            outputs.compression_loss = side_loss.mean()
             if outputs.loss is not None:
-                weight = self.config.compression_loss_coef * share_of_batch(labels, **kwargs)
-                outputs.loss = side_loss.join(outputs.loss, weight)
+                named = (targets_of(labels, kwargs.get("shift_labels"), -100) != -100).sum().clamp(min=1)
+                share = share_of_batch(labels, **kwargs) / named  # by tokens, as the other loss: pieces add up
+                outputs.loss = side_loss.join(outputs.loss, self.config.compression_loss_coef * share)
         return outputs
 
 
