@@ -220,6 +220,20 @@ ARCHITECTURES = (
         head_fields={"ForMaskedLM": {"direction": "bidirectional"}},
     ),
     Architecture(
+        "compressive_transformer",
+        "ArchCompressiveTransformer",
+        family="long_context",
+        title="Compressive Transformer",
+        paper="arXiv:1911.05507",
+        lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "r_proj", "gate_proj", "up_proj", "down_proj", "kernel"),
+        tiny={
+            "segment_length": 8,
+            "memory_length": 12,
+            "compressed_memory_length": 5,
+            "compression_rate": 4,
+        },
+    ),
+    Architecture(
         "longformer",
         "ArchLongformer",
         family="long_context",

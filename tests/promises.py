@@ -86,6 +86,11 @@ VARIANTS = {
         "turned": {"num_local_heads": [0, 4], "routed_norm": "unit", "rotary_routed": True, "attention_bias": True}
         | {"feed_forward_types": ["gated", "sparse"], "num_local_experts": 4},
     },
+    "compressive_transformer": {
+        "most_used": {"compression": "most_used", "memory_length": 16, "compressed_memory_length": 6}
+        | {"compression_rate": 2},
+        "dilated": {"compression": "dilated_convolution", "residual_type": "pre_norm", "num_attention_heads": 2},
+    },
     "longformer": {
         "wide": {"attention_window": 200},
         "layers": {"attention_window": [8, 12], "attention_dilation": [1, 2]},
@@ -126,7 +131,12 @@ VARIANTS = {
 LAST_WINDOW = (
     r"model\.layers\.1\.mixer\.[qkv]_proj\..*"  # the token that speaks for the text is global, and sees past it
 )
-IDLE = {"longformer": dict.fromkeys(("ForSequenceClassification", "ForMultipleChoice"), LAST_WINDOW)}
+COMPRESSION = r"(model\.)?layers\.\d\.mixer\.compression\..*"  # it learns by a loss of its own, beside that of tokens
+WITHOUT_TOKENS = ("Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+IDLE = {
+    "longformer": dict.fromkeys(("ForSequenceClassification", "ForMultipleChoice"), LAST_WINDOW),
+    "compressive_transformer": dict.fromkeys(WITHOUT_TOKENS, COMPRESSION),
+}
 
 WINDOWS = {"padding does not enter the state": "transformers' cache of a window counts columns, padding included."}
 EXCEPTIONS = {"sliding": WINDOWS, "sliding_alibi": WINDOWS}

@@ -32,8 +32,12 @@ SHAPE = SMALL | {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size":
 RATES = {"matmul": 1e9, "bandwidth": 1e8, "exponential": 1e7}
 
 
-# Smaller than the text
-WINDOWS = {"transformer_xl": {"segment_length": 32, "memory_length": 32}, "bigbird": {"block_size": 16}}
+SEGMENTS = {"segment_length": 32, "memory_length": 32}
+WINDOWS = {  # smaller than the text
+    "transformer_xl": SEGMENTS,
+    "compressive_transformer": SEGMENTS | {"compressed_memory_length": 8, "compression_rate": 16},
+    "bigbird": {"block_size": 16},
+}
 
 
 def paper(row, **fields):
@@ -65,6 +69,7 @@ COUNTED += [(row, STEP) for row in ARCHITECTURES if head_of(row) == "ForCausalLM
 def test_floors_count_what_is_computed(row, span, monkeypatch):
     monkeypatch.setattr(costs, "visible_pairs", lambda span, *kind: span.tokens * (span.before + span.tokens))
     monkeypatch.setattr(costs, "segment_pairs", lambda window, span: span.tokens * window.span)
+    monkeypatch.setattr(costs, "slot_pairs", lambda rate, span: span.tokens * rate.reach)
     operations = costs.cost(paper(row), span).operations
     if span.tokens == 1 and "bounded state" not in row.exceptions:  # a step need not be made of matrix products
         assert counted(row, span) <= 1.02 * operations

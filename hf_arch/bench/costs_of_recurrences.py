@@ -6,7 +6,6 @@ from hf_arch.bench.costs import CHUNK, Cost, Span, cost, projections
 from hf_arch.modeling.layers.random_features import SoftmaxFeatures
 from hf_arch.modeling.layers.state_space import DiagonalStateSpace
 from hf_arch.modeling.long_context.performer.modeling_performer import FavorAttention
-from hf_arch.modeling.long_context.reformer.modeling_reformer import BlockAttention
 from hf_arch.modeling.ops.delta_rule import DELTA_CHUNK
 from hf_arch.modeling.state_space.h3.modeling_h3 import H3
 from hf_arch.modeling.state_space.hyena.modeling_hyena import Hyena, ModalHyena
@@ -53,22 +52,6 @@ def state_space(module: DiagonalStateSpace, span: Span) -> Cost:
     channels, numbers = len(module.D), 2 * module.A_log.shape[1]
     within = 2 * min(CHUNK, span.tokens) if span.tokens > 1 else 0
     return Cost(operations=span.tokens * channels * (4 * numbers + within), numbers=4 * channels * numbers)
-
-
-@cost.register
-def blocks(module: BlockAttention, span: Span) -> Cost:
-    """A token sees its own block up to itself and the block before, of its bucket, in each round; hashing turns each
-    query by each rotation."""
-    rotations = getattr(module, "rotations", None)
-    rounds = 1 if rotations is None else rotations.shape[2]
-    width = module.o_proj.in_features
-    keys = rounds * min(1.5 * module.block, (span.before + span.tokens) / 2)
-    hashing = 0 if rotations is None else 2 * rotations.numel()
-    return projections(module, span) + Cost(
-        operations=span.tokens * (4 * keys * width + hashing),
-        exponentials=span.tokens * keys * module.num_heads,
-        numbers=2 * keys * width + hashing / 2,
-    )
 
 
 @cost.register

@@ -58,6 +58,17 @@ PEERS = (
         MIXTRAL | EXPERTS["batched_mm"],
         measures=DECODE,
     ),
+    Peer(
+        "compressive",
+        "compressive_transformer",
+        "compressive:Compressive",
+        measures=FORWARD,
+        environment=Environment(
+            "compressive",
+            packages=("einops",),
+            unaided=("compressive-transformer-pytorch==0.4.0", "mogrifier==0.0.5"),
+        ),
+    ),
     Peer("longformer", "hat", "hugging_face:Transformers", LONGFORMER, measures=FORWARD),
     Peer("longformer_chunks", "longformer", "hugging_face:Transformers", LONGFORMER, measures=FORWARD),
     Peer("gpt_neo", "sparse_transformer", "hugging_face:GPTNeo", GPT_NEO, measures=FORWARD),  # no cache of its windows

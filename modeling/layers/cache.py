@@ -178,6 +178,7 @@ class StaticHistoryCacheLayer(StaticRecurrentCacheLayer):
 RECURRENT = (
     "causal_window_attention",
     "favor",
+    "compressive_recurrence",
     "h3",
     "hyena",
     "local_attention",

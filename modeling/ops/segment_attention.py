@@ -6,19 +6,32 @@ arXiv:1901.02860, section 3).
 with content = query + u and distance = query + v, two biases that all tokens share: together the paper's four terms.
 `Window` says which keys are visible. Places are counted over the real tokens of a document.
 
-Shapes: content, distance, key, value [batch, length, heads, dim]; relative [window.span, heads, dim] of the distances
-from 0 on; `still`, keys and values as numbers alone, of which no gradient reaches the tokens: they take the place of
-`key` and `value` where these are of an earlier segment (None: they are no others). documents [batch, length] as in
-`documents.py`; a state belongs to document 1.
+Shapes: content, distance, key, value [batch, length, heads, dim]; relative [span, heads, dim] of the distances from 0
+on, as many as keys that the queries of a segment see; `still`, keys and values as numbers alone, of which no gradient
+reaches the tokens: they take the place of `key` and `value` where these are of an earlier segment (None: they are no
+others); `slots`, a compressed memory that the memory follows as if they were one (Rae et al., 2019, arXiv:1911.05507).
+documents [batch, length] as in `documents.py`; a state belongs to document 1.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-from .segment_rows import Projected, SegmentState, Window, find_rows, joined, places, remember, with_held
+from .compressed_memory import Slots
+from .segment_rows import (
+    Memory,
+    Projected,
+    SegmentState,
+    Window,
+    find_rows,
+    follow,
+    joined,
+    next_state,
+    places,
+    with_held,
+)
 
 QUERIES = 256  # that are compared at once with the keys that any of them sees
 ROOM = 2**20  # scores that are written down at once, where more than one segment would fit: 4 MiB in float32
@@ -33,6 +46,7 @@ def dense_segment_attention(
     window: Window,
     *,
     still: Projected | None = None,
+    slots: Slots | None = None,
     documents=None,
     initial_state: SegmentState | None = None,
     output_final_state: bool = False,
@@ -42,28 +56,29 @@ def dense_segment_attention(
     number, place = places(documents, content, initial_state)
     key_number, key_place = with_held(number, place, None if initial_state is None else initial_state.read, window)
     visible = (key_number[:, None] == number[:, :, None]) & window.shows(place[:, :, None], key_place[:, None])
-    visible = visible[:, None]
-    keys, values = joined(initial_state, (key, value))
-    farthest = min(window.span, keys.shape[1]) - 1
-    away = (place[:, :, None] - key_place[:, None]).clamp(0, farthest)[:, None]
-    scale = content.shape[-1] ** -0.5
-    scores = torch.einsum("bqhd,bkhd->bhqk", content * scale, keys)
+    away = place[:, :, None] - key_place[:, None]
+    segment, key_segment = (x.div(window.segment, rounding_mode="floor") for x in (place, key_place))
+    now = segment[:, :, None] == key_segment[:, None]
+    live = joined(initial_state, (key, value))
+    state = next_state(live, window, documents, initial_state) if output_final_state else None
+    before = live if still is None else joined(initial_state, still)
+    if slots is not None:
+        seen, far = slots.seen_from(place, number == 1, window)
+        visible, away = torch.cat((seen, visible), dim=-1), torch.cat((far, away), dim=-1)
+        now = F.pad(now, (seen.shape[-1], 0))
+        live, before = (tuple(map(follow, slots.pair, pair)) for pair in (live, before))
+    scale, now, keys = content.shape[-1] ** -0.5, now[:, None], live[0].shape[1]
+    scores = torch.einsum("bqhd,bkhd->bhqk", content * scale, live[0])
     if still is not None:
-        segment, key_segment = (x.div(window.segment, rounding_mode="floor") for x in (place, key_place))
-        live = (segment[:, :, None] == key_segment[:, None])[:, None]
-        still_keys, still_values = joined(initial_state, still)
-        scores = torch.where(live, scores, torch.einsum("bqhd,bkhd->bhqk", content * scale, still_keys))
-    by_distance = torch.einsum("bqhd,rhd->bhqr", distance * scale, relative[: keys.shape[1]])
-    scores = scores + by_distance.gather(-1, away.expand(-1, scores.shape[1], -1, -1))
-    scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
-    weights = F.dropout(wide_softmax(scores).to(values.dtype), dropout, dropout > 0)
+        scores = torch.where(now, scores, torch.einsum("bqhd,bkhd->bhqk", content * scale, before[0]))
+    by_distance = torch.einsum("bqhd,rhd->bhqr", distance * scale, relative[:keys])
+    away = away.clamp(0, by_distance.shape[-1] - 1)[:, None].expand_as(scores)
+    scores = (scores + by_distance.gather(-1, away)).masked_fill(~visible[:, None], torch.finfo(scores.dtype).min)
+    weights = F.dropout(wide_softmax(scores).to(live[1].dtype), dropout, dropout > 0)
     if still is None:
-        output = torch.einsum("bhqk,bkhd->bqhd", weights, values)
-    else:
-        output = torch.einsum("bhqk,bkhd->bqhd", weights * live, values)
-        output = output + torch.einsum("bhqk,bkhd->bqhd", weights * ~live, still_values)
-    state = remember(keys, values, window, documents, initial_state) if output_final_state else None
-    return output, state
+        return torch.einsum("bhqk,bkhd->bqhd", weights, live[1]), state
+    output = torch.einsum("bhqk,bkhd->bqhd", weights * now, live[1])
+    return output + torch.einsum("bhqk,bkhd->bqhd", weights * ~now, before[1]), state
 
 
 def block_segment_attention(
@@ -75,57 +90,65 @@ def block_segment_attention(
     window: Window,
     *,
     still: Projected | None = None,
+    slots: Slots | None = None,
     documents=None,
     initial_state: SegmentState | None = None,
     output_final_state: bool = False,
     dropout: float = 0.0,
 ):
     """The same answer, segments side by side: each is compared with its memory and itself."""
-    if content.shape[1] <= window.segment:
-        told = {"still": still, "documents": documents, "initial_state": initial_state}
+    if content.shape[1] <= window.segment and (slots is None or documents is None):
+        told = {"still": still, "slots": slots, "documents": documents, "initial_state": initial_state}
         told |= {"output_final_state": output_final_state, "dropout": dropout}
         return dense_segment_attention(content, distance, key, value, relative, window, **told)
     rows = find_rows(content, documents, initial_state, window)
     queries = [rows.lay(x) for x in (content, distance)]
     live = rows.lay_keys((key, value), initial_state)
     held = live if still is None else rows.lay_keys(still, initial_state)
-    output = rows.back(attend_blocks(*queries, live, held, rows.first, relative, window, dropout))
+    fresh = initial_state is None
+    before = [] if slots is None else [slots.memory(fresh)]
+    before.append(Memory(held, window, rows.first, window.memory, fresh))
+    own = tuple(x[:, window.memory :] for x in live)
+    output = rows.back(attend_blocks(*queries, own, before, relative, window, dropout))
     if not output_final_state:
         return output, None
-    return output, remember(*joined(initial_state, (key, value)), window, documents, initial_state)
+    return output, next_state(joined(initial_state, (key, value)), window, documents, initial_state)
 
 
-def attend_blocks(content, distance, live, still, first, relative, window: Window, dropout: float):
-    """Queries [rows, length, heads, dim] of whole segments, the first of which begins a segment; two pairs of keys and
-    values [rows, memory + length, heads, dim]; `first` [rows or 1]: where among these the document begins."""
+def attend_blocks(content, distance, own: Projected, before: list[Memory], relative, window: Window, dropout: float):
+    """Queries, and their own keys and values, [rows, length, heads, dim] of whole segments, the first of which begins a
+    segment; and what lies before, the farthest first."""
     rows, length, heads, dim = content.shape
-    segment, memory, span = window.segment, window.memory, window.span
+    segment, span = window.segment, len(relative)
     # Distances from the largest down to 0, and to -1, which is never seen
     relative = F.pad(relative.flip(0), (0, 0, 0, 0, 0, 1)).permute(1, 2, 0)
     content, distance = (in_segments(x * dim**-0.5, segment) for x in (content, distance))
-    own = [in_segments(x[:, memory:], segment) for x in live]
-    before = [x[:, :-segment].permute(2, 0, 1, 3).unfold(2, memory, segment).transpose(-1, -2) for x in still]
-    count = max(1, ROOM // (rows * heads * min(segment, QUERIES) * span))
+    pairs = [memory.blocks(length // segment) for memory in before]
+    keys, values = zip(*pairs, tuple(in_segments(x, segment) for x in own), strict=True)
+    count = max(1, ROOM // max(1, rows * heads * min(segment, QUERIES) * span))
+    cut = (x.split(count, dim=2) for x in (content, distance, *keys, *values))
     outputs = []
-    for start in range(0, length // segment, count):
-        part = slice(start, start + count)
-        seen = [torch.cat((old[:, :, part], now[:, :, part]), -2) for old, now in zip(before, own, strict=True)]
-        asked = content[:, :, part], distance[:, :, part]
-        pieces = [
-            attend(*(x[:, :, :, here] for x in asked), *(x[:, :, :, shown] for x in seen), relative, hidden, dropout)
-            for here, shown, hidden in pieces_of_a_segment(window, start, first)
-        ]
-        outputs.append(torch.cat(pieces, dim=-2))
+    for number, (asked, beside, *seen) in enumerate(zip(*cut, strict=True)):
+        pair = torch.cat(seen[: len(keys)], dim=-2), torch.cat(seen[len(keys) :], dim=-2)
+        outputs.append(attend_segments(asked, beside, *pair, relative, number * count, before, window, dropout))
     return torch.cat(outputs, dim=2).permute(1, 2, 3, 0, 4).flatten(1, 2)
 
 
-def pieces_of_a_segment(window: Window, start: int, first: torch.Tensor) -> Iterator[tuple[slice, slice, Callable]]:
-    """Queries that are taken at once, the keys that one of them sees, and what hides the keys that others see."""
-    for begin in range(0, window.segment, QUERIES):
-        end = min(begin + QUERIES, window.segment)
-        least = begin if window.same_length else 0
-        hidden = functools.partial(hide, window=window, begin=start * window.segment + least, first=first)
-        yield slice(begin, end), slice(least, window.memory + end), hidden
+def attend_segments(
+    content, distance, key, value, relative, start: int, before: list[Memory], window: Window, dropout: float
+):
+    """Of segments from `start` on, [heads, rows, segments, ...]: queries that are taken at once, with the keys that one
+    of them sees, and what hides the keys that others see."""
+    reach = sum(memory.window.memory for memory in before)
+    unseen = sum(memory.unseen(start + content.shape[2] - 1) for memory in before)
+    outputs, asked = [], zip(*(x.split(QUERIES, dim=-2) for x in (content, distance)), strict=True)
+    for begin, queries in zip(range(0, window.segment, QUERIES), asked, strict=True):
+        least = max(unseen, begin) if window.same_length else unseen
+        shown = slice(least, reach + begin + queries[0].shape[-2])
+        hidden = functools.partial(hide, window=window, before=before, start=start, begin=begin, least=least)
+        seen = (x[..., shown, :] for x in (key, value))
+        outputs.append(attend(*queries, *seen, relative, hidden, dropout))
+    return torch.cat(outputs, dim=-2)
 
 
 def attend(content, distance, key, value, relative, hidden: Callable, dropout: float) -> torch.Tensor:
@@ -148,18 +171,24 @@ def attend(content, distance, key, value, relative, hidden: Callable, dropout: f
     return output.unflatten(1, many[1:])
 
 
-def hide(scores: torch.Tensor, window: Window, begin: int, first: torch.Tensor) -> None:
-    """Overwrite the scores [heads, rows, segments, queries, keys] of what is not visible. `begin`: where the first key
-    of the first segment stands in its row."""
+def hide(scores: torch.Tensor, window: Window, before: list[Memory], start: int, begin: int, least: int) -> None:
+    """Overwrite the scores [heads, rows, segments, queries, keys] of what is not visible. `start`: the number of the
+    first segment; `begin`: the first query in a segment; `least`: how many of the first keys were left out."""
     *_, segments, queries, keys = scores.shape
-    least, ones = torch.finfo(scores.dtype).min, scores.new_ones(queries, queries, dtype=torch.bool)
-    scores[..., keys - queries :].masked_fill_(ones.triu(1), least)
-    if window.same_length:
-        scores[..., :queries].masked_fill_(ones.tril(-1), least)
-    if begin < window.memory:
-        slot = torch.arange(begin, begin + keys - queries, device=scores.device)
-        slot = slot + window.segment * torch.arange(segments, device=scores.device)[:, None]
-        scores[..., : keys - queries].masked_fill_((slot < first[:, None, None])[None, :, :, None], least)
+    lowest, ones = torch.finfo(scores.dtype).min, scores.new_ones(queries, queries, dtype=torch.bool)
+    scores[..., keys - queries :].masked_fill_(ones.triu(1), lowest)
+    if window.same_length and least < begin + queries:
+        scores[..., :queries].masked_fill_(ones.tril(begin - least - 1), lowest)
+    column = 0
+    for memory in before:
+        step, reach = memory.window.segment, memory.window.memory
+        left_out, least = min(least, reach), max(0, least - reach)
+        slot = torch.arange(start * step + left_out, start * step + reach, device=scores.device)
+        if len(slot) and start * step + left_out < memory.bound:
+            slot = slot + step * torch.arange(segments, device=scores.device)[:, None]
+            missing = (slot < memory.first[:, None, None])[None, :, :, None]
+            scores[..., column : column + reach - left_out].masked_fill_(missing, lowest)
+        column += reach - left_out
 
 
 def in_segments(x: torch.Tensor, segment: int) -> torch.Tensor:

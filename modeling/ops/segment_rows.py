@@ -50,6 +50,27 @@ class SegmentState(NamedTuple):
 Projected = tuple[torch.Tensor, torch.Tensor]  # keys and values
 
 
+class Memory(NamedTuple):
+    """What lies before the segments of rows: each sees `window.memory` places of it, and each next one begins, and
+    ends, `window.segment` places later."""
+
+    pair: Projected  # [rows, window.memory + window.segment * segments, heads, dim]
+    window: Window
+    first: torch.Tensor  # [rows or 1] from where on the places are real
+    bound: int  # the most that `first` can be, and is where rows are fresh
+    fresh: bool  # whether no row goes on with a document: it begins where the segments do
+
+    def unseen(self, segment: int) -> int:
+        """How many of the first places before a segment are surely not real."""
+        return min(max(self.bound - segment * self.window.segment, 0), self.window.memory) if self.fresh else 0
+
+    def blocks(self, segments: int) -> Projected:
+        """[heads, rows, segments, window.memory, dim]"""
+        step, reach = self.window.segment, self.window.memory
+        ends = reach + step * (segments - 1)
+        return tuple(x[:, :ends].permute(2, 0, 1, 3).unfold(2, reach, step).transpose(-1, -2) for x in self.pair)
+
+
 def places(documents, like, state: SegmentState | None) -> tuple[torch.Tensor, torch.Tensor]:
     """[batch, length] the number of each token's document, 0 for padding, and its place there."""
     real, run = document_runs(documents, like)
@@ -74,26 +95,39 @@ def joined(state: SegmentState | None, after: Projected) -> Projected:
     """What a state holds, and what comes after."""
     if state is None:
         return after
-    return tuple(torch.cat((held.to(x.dtype), x), dim=1) for held, x in zip(state[:2], after, strict=True))
+    return tuple(follow(held, x) for held, x in zip(state[:2], after, strict=True))
 
 
-def remember(keys, values, window: Window, documents, state: SegmentState | None) -> SegmentState:
-    """The state after what `joined` made of a state and the tokens of `documents`."""
-    keys, values = keys.detach(), values.detach()
-    if state is None:
-        room = (0, 0, 0, 0, window.held, 0)
-        read = torch.zeros(len(keys), dtype=torch.long, device=keys.device)
-        state, keys, values = SegmentState(keys, values, read), F.pad(keys, room), F.pad(values, room)
-    length = keys.shape[1] - window.held
+def follow(held: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """One after the other, in the type of what comes after."""
+    return torch.cat((held.to(after.dtype), after), dim=1)
+
+
+def remember(
+    tensors: tuple[torch.Tensor, ...], window: Window, documents, read: torch.Tensor | None
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """The state after what `joined` made of a state, which had `read` tokens, and the tokens of `documents`: tensors
+    [batch, window.held, ...] and the tokens read."""
+    tensors = tuple(x.detach() for x in tensors)
+    if read is None:
+        read = torch.zeros(len(tensors[0]), dtype=torch.long, device=tensors[0].device)
+        tensors = tuple(F.pad(x, (0, 0, 0, 0, window.held, 0)) for x in tensors)
+    length = tensors[0].shape[1] - window.held
     if documents is None:
-        return SegmentState(keys[:, length:], values[:, length:], state.read + length)
+        return tuple(x[:, length:] for x in tensors), read + length
     last = documents.max(dim=1, keepdim=True).values.clamp(min=1)
-    read = torch.where(last[:, 0] == 1, state.read, 0) + (documents == last).sum(1)
-    member = with_held(documents, documents, state.read, window)[0] == last
+    member = with_held(documents, documents, read, window)[0] == last
     order = member.to(torch.uint8).argsort(dim=1, stable=True)[:, -window.held :]
     kept = member.gather(1, order)[..., None, None]
-    index = order[..., None, None].expand(-1, -1, *keys.shape[2:])
-    return SegmentState(keys.gather(1, index) * kept, values.gather(1, index) * kept, read)
+    index = order[..., None, None]
+    read = torch.where(last[:, 0] == 1, read, 0) + (documents == last).sum(1)
+    return tuple(x.gather(1, index.expand(-1, -1, *x.shape[2:])) * kept for x in tensors), read
+
+
+def next_state(live: Projected, window: Window, documents, state: SegmentState | None) -> SegmentState:
+    """The state after what `joined` made of keys and values."""
+    held, read = remember(live, window, documents, None if state is None else state.read)
+    return SegmentState(*held, read)
 
 
 class SegmentRows(NamedTuple):
@@ -106,30 +140,56 @@ class SegmentRows(NamedTuple):
     continued: torch.Tensor  # [rows] whether a row is the one that the state of its batch row is of
 
     @property
+    def late(self) -> torch.Tensor:
+        """[rows] how many places of the first segment a state has read."""
+        return self.read % self.window.segment
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """[rows] where among the places of a row its tokens end."""
+        if self.aligned is None:
+            return torch.full_like(self.read, self.shape[1])
+        return self.aligned.lengths
+
+    @property
     def first(self) -> torch.Tensor:
         """[rows] where among the keys a document begins."""
-        return self.window.memory + self.read % self.window.segment - self.read
+        return self.window.memory + self.late - self.read
 
     def lay(self, x: torch.Tensor) -> torch.Tensor:
-        """[batch, length, heads, dim] -> [rows, segments * segment, heads, dim]."""
+        """[batch, length, heads, dim] -> [rows, segments * segment, heads, dim], a segment at least."""
         x = x if self.aligned is None else self.aligned.unpack(x)
-        return F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % self.window.segment))
+        missing = -x.shape[1] % self.window.segment if x.shape[1] else self.window.segment
+        return F.pad(x, (0, 0, 0, 0, 0, missing))
 
     def back(self, rows: torch.Tensor) -> torch.Tensor:
         return rows[:, : self.shape[1]] if self.aligned is None else self.aligned.repack(rows, *self.shape)
 
+    def keep(self, of_rows: torch.Tensor, held: torch.Tensor | None) -> torch.Tensor:
+        """[rows, ...] -> [batch, ...] of the last document of each row of the batch; where there is none, what was
+        `held`."""
+        if self.aligned is None:
+            return of_rows
+        if held is None:
+            held = of_rows.new_zeros(self.shape[0], *of_rows.shape[1:])
+        last = self.aligned.last
+        return held.to(of_rows.dtype).index_put((self.aligned.batch_row[last],), of_rows[last])
+
     def lay_keys(self, pair: Projected, state: SegmentState | None) -> Projected:
         """The same of keys and values, with the memory of each row before them: [rows, memory + ...]."""
-        rows = [F.pad(self.lay(x), (0, 0, 0, 0, self.window.memory, 0)) for x in pair]
-        if state is not None:
-            rows = [self.with_memory(x, held) for x, held in zip(rows, state[:2], strict=True)]
-        return tuple(rows)
+        held = (None, None) if state is None else state[:2]
+        return tuple(self.after_memory(self.lay(x), before) for x, before in zip(pair, held, strict=True))
+
+    def after_memory(self, rows: torch.Tensor, held: torch.Tensor | None) -> torch.Tensor:
+        """`rows` with the memory before them."""
+        rows = F.pad(rows, (0, 0, 0, 0, self.window.memory, 0))
+        return rows if held is None else self.with_memory(rows, held)
 
     def with_memory(self, rows: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
         """`rows` with what a state has `held` in place of what lies before the tokens."""
-        span, size = self.window.span, self.window.held
+        span, size = self.window.span, held.shape[1]
         slot = torch.arange(span, device=held.device)
-        source = slot - (self.window.memory + self.read % self.window.segment)[:, None] + size
+        source = slot - (self.window.memory + self.late)[:, None] + size
         there = (source >= 0) & (source < size) & self.continued[:, None]
         index = source.clamp(0, size - 1)[..., None, None].expand(-1, -1, *held.shape[2:])
         held = held[self.aligned.batch_row].gather(1, index).to(rows.dtype)

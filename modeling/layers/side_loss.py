@@ -1,0 +1,42 @@
+"""A loss that layers make beside their answer, of parameters that the answer does not train."""
+
+import torch
+
+
+class SideLoss:
+    """Collects a number from each layer, and lets its gradient in again where the layer took it from.
+
+    Nothing but the answer of a layer carries gradients through reentrant checkpointing and the hooks of sharded
+    modules. So the layer adds to its answer what `attach` gives it: a zero, through which the gradient of the whole
+    loss comes back, however that was scaled. One object is for one call of a model.
+    """
+
+    def __init__(self):
+        self.values: dict[int, torch.Tensor] = {}
+        self.counts: dict[int, torch.Tensor] = {}
+        self.gradient: torch.Tensor | None = None  # of the whole loss by what `total` sums up
+
+    def attach(self, layer_idx: int, loss: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        """`loss`: a sum over `count` tokens."""
+        self.values[layer_idx], self.counts[layer_idx] = loss.detach(), count
+        if loss.requires_grad:
+            loss.register_hook(self.gradient_of)
+        return 0.0 * loss
+
+    def gradient_of(self, gradient: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(gradient) if self.gradient is None else self.gradient.to(gradient.dtype)
+
+    def total(self) -> torch.Tensor:
+        """The sum over tokens and layers."""
+        return sum(self.values.values(), torch.zeros(()))
+
+    def mean(self) -> torch.Tensor:
+        """The mean over tokens, added up over the layers."""
+        return sum((self.values[i] / self.counts[i].clamp(min=1) for i in self.values), torch.zeros(()))
+
+    def join(self, loss: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
+        """loss + weight * total."""
+        whole = loss + weight * self.total().to(loss.device)
+        if whole.requires_grad:
+            whole.register_hook(lambda gradient: setattr(self, "gradient", gradient * weight))
+        return whole
