@@ -243,25 +243,24 @@ def banded_attention(
     scale = size**-0.5 if scale is None else scale
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=2) for x in (key, value))
-    around = [band.beside_landmarks(x) for x in (key, value)]
-    if landmark_query is not None and band.landmarks is not None:
-        query, around = with_landmark_scores(query, landmark_query, key, around, band)
+    if landmark_query is None or band.landmarks is None:
+        around = [band.beside_landmarks(x) for x in (key, value)]
+    else:
+        query, *around = with_landmark_scores(query, landmark_query, key, value, band)
     query, key, value = (x.transpose(1, 2) for x in (band.queries(query), *around))
     output, weights = kernel(query, key, value, band.mask.to(query.dtype), scale=scale, dropout=dropout)
     return band.back(output[..., :size].transpose(1, 2)).contiguous(), weights
 
 
-def with_landmark_scores(query, landmark_query, key, around: list[torch.Tensor], band: Band):
+def with_landmark_scores(query, landmark_query, key, value, band: Band) -> tuple[torch.Tensor, ...]:
     """The score of each landmark as one more number of a query, which a landmark's key takes and no other: the queries,
-    keys and values of `around`, all that much wider."""
+    and keys and values `beside_landmarks`, all that much wider."""
     found = take(band.in_order(key), band.landmarks)
     scores = torch.einsum("bihd,bjhd->bihj", landmark_query, found.to(landmark_query.dtype))
-    count = scores.shape[-1]
-    key, value = around
-    one = torch.eye(count, dtype=key.dtype, device=key.device)[None, :, None].expand(len(key), -1, key.shape[2], -1)
-    of_landmarks = torch.cat((torch.zeros_like(key[:, -count:]), one), dim=-1)
-    key = torch.cat((F.pad(key[:, :-count], (0, count)), of_landmarks), dim=1)
-    return torch.cat((query, scores.to(query.dtype)), dim=-1), [key, F.pad(value, (0, count))]
+    size, count = query.shape[-1], scores.shape[-1]
+    key, value = (band.beside_landmarks(F.pad(x, (0, count))) for x in (key, value))
+    key[:, -count:] = F.pad(torch.eye(count, dtype=key.dtype, device=key.device), (size, 0))[None, :, None]
+    return torch.cat((query, scores.to(query.dtype)), dim=-1), key, value
 
 
 def attend_seen(

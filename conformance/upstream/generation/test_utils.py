@@ -64,8 +64,11 @@ class GenerationTesterMixin:
                 for step, states in enumerate(output.hidden_states):
                     length = 7 + step if not use_cache else 7 if step == 0 else 1
                     assert [x.shape for x in states] == [(2, length, model.config.hidden_size)] * (layers + 1)
+                # A window's cache holds no more keys than its layer sees
+                windows = [use_cache and kind == "sliding_attention" for kind in model.config.layer_types]
                 for step, weights in enumerate(output.attentions or ()):
-                    assert [x.shape[-1] for x in weights] == [7 + step] * layers
+                    keys = [min(7 + step, model.config.sliding_window) if window else 7 + step for window in windows]
+                    assert [x.shape[-1] for x in weights] == keys
                 assert isinstance(output.past_key_values, Cache) == use_cache
 
     @pytest.mark.generate
