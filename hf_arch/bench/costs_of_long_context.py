@@ -140,12 +140,12 @@ def compressive_recurrence(module: CompressiveRecurrence, span: Span) -> Cost:
 
 @cost.register
 def buckets(module: BlockAttention, span: Span) -> Cost:
-    """A token sees its own block up to itself and the block before, of its bucket, in each round; hashing turns each
-    query by each rotation."""
+    """A token sees its own block up to itself and the block before, of its bucket, in each round, a step all that is
+    held of it; hashing turns each query by each rotation."""
     rotations = getattr(module, "rotations", None)
     rounds = 1 if rotations is None else rotations.shape[2]
     width = module.o_proj.in_features
-    keys = rounds * min(1.5 * module.block, (span.before + span.tokens) / 2)
+    keys = rounds * (min(1.5 * module.block, span.tokens / 2) if span.tokens > 1 else 2 * module.block)
     hashing = 0 if rotations is None else 2 * rotations.numel()
     return projections(module, span) + Cost(
         operations=span.tokens * (4 * keys * width + hashing),

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from .record import HiddenStates
 from .residual import Residual
 
 KEPT_LAYERS = 2  # the last ones, of which backward asks first
@@ -23,6 +24,7 @@ class Reversible(Residual):
 
     def __init__(self, config, names, norm):
         super().__init__(config, names, norm)
+        self.recorded = HiddenStates()
         self.first_kept = config.num_hidden_layers - KEPT_LAYERS
 
     @staticmethod
@@ -39,13 +41,14 @@ class Reversible(Residual):
             and context["layer_idx"] < self.first_kept
         )
         streams, mark = stream.chunk(2, dim=-1), getattr(stream, "mark", None)
+        before = streams[1]
         for name, sublayer in sublayers.items():
             branch = Branch(self.norm[name], sublayer, self.dropout, context)
             if recomputed:
                 streams, mark = couple_and_forget(streams, branch, mark or Mark())
             else:
                 streams = streams[1], streams[0] + branch(streams[1])
-        stream = torch.cat(streams, dim=-1)
+        stream = torch.cat((streams[0], self.recorded(before, streams[1])), dim=-1)
         if recomputed:
             stream.mark = mark
         return stream

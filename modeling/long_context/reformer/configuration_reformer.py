@@ -40,6 +40,8 @@ class ArchReformerConfig(ArchConfig):
     layer_kinds = ("local_attention", "lsh_attention")
     feed_forward_kinds: ClassVar[tuple[str, ...]] = ("dense", "gated")
 
+    tie_last_hidden_states: ClassVar[bool] = False  # those of layers are one stream, what the stack answers is both
+
     direction: Literal["causal", "bidirectional"] = "causal"
     bucketing: Literal["ranked", "sorted"] | None = None
     lsh_attn_chunk_length: int = 64

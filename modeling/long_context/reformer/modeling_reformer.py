@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.utils.output_capturing import OutputRecorder
 
 from ...layers.bucketed import attend_in_buckets
 from ...layers.feed_forward import ChunkedMLP
 from ...layers.mixer import Mixer
 from ...layers.positions import AxialPositions
-from ...layers.record import AttentionWeights
+from ...layers.record import AttentionWeights, HiddenStates
 from ...layers.reversible import Choices, Reversible
 from ...ops.bucketed_attention import bucketed_weights
 from ...ops.precision import without_autocast
@@ -61,17 +62,19 @@ class BlockAttention(Mixer):
         options = {"num_buckets": self.num_buckets, "block": self.block, "sees_itself": self.sees_itself}
         options |= {"documents": attention_mask}
         memory = self.memory(past_key_values, layer_idx)
-        output = self.attend(memory, *tokens, bool(output_attentions), **options)
+        wanted = self.config.output_attentions if output_attentions is None else output_attentions
+        output = self.attend(memory, *tokens, bool(wanted), **options)
         return self.o_proj(output.flatten(-2))
 
     def among_ranked(self, memory, query, key, value, buckets, output_attentions: bool, **options) -> torch.Tensor:
+        weights = None
         if output_attentions and (memory is None or not memory.is_initialized):
-            self.weights(bucketed_weights(query, key, buckets, **options))
+            weights = self.weights(bucketed_weights(query, key, buckets, **options))
         options |= {"dropout": self.attention_dropout if self.training else 0.0}
         output, states = attend_in_buckets(memory, query, key, value, buckets, **options)
         if memory is not None:
             memory.write(query.shape[1], **states)
-        return output
+        return output if weights is None else weigh_values(weights, value)
 
     def among_sorted(self, memory, query, key, value, buckets, output_attentions: bool, **options) -> torch.Tensor:
         if memory is not None:
@@ -81,9 +84,14 @@ class BlockAttention(Mixer):
             )
         options |= {"causal": self.config.direction == "causal"}
         if output_attentions:
-            self.weights(sorted_weights(query, key, buckets, **options))
+            return weigh_values(self.weights(sorted_weights(query, key, buckets, **options)), value)
         dropout = self.attention_dropout if self.training else 0.0
         return sorted_attention(query, key, value, buckets, dropout=dropout, **options)
+
+
+def weigh_values(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The answer [batch, length, heads, dim] where weights of all pairs were asked for."""
+    return torch.einsum("bhij,bjhd->bihd", weights, value)
 
 
 class LocalAttention(BlockAttention):
@@ -118,7 +126,9 @@ class LSHAttention(BlockAttention):
         self.register_buffer("rotations", rotations)
 
     def init_parameters(self, std: float) -> None:
-        init.normal_(self.rotations)
+        """The same for all models of a shape, whatever seed their weights have."""
+        generator = torch.Generator().manual_seed(self.layer_idx)
+        init.copy_(self.rotations, torch.randn(self.rotations.shape, generator=generator))
 
     def tokens(self, hidden_states, choices):
         query, value = (
@@ -145,6 +155,7 @@ class ArchReformerModel(Backbone):
     mixers = {"local_attention": LocalAttention, "lsh_attention": LSHAttention}
     feed_forwards = Backbone.feed_forwards | {"dense": ChunkedMLP}
     residual = Reversible
+    _can_record_outputs = Backbone._can_record_outputs | {"hidden_states": OutputRecorder(HiddenStates)}
     norm_class = nn.LayerNorm
 
     def __init__(self, config: ArchConfig):
