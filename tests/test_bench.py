@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_arch import ARCHITECTURES, cli
-from hf_arch.bench import costs, environments, floors, race, report
+from hf_arch.bench import costs, costs_of_long_context, environments, floors, race, report
 from hf_arch.bench.contender import Contender, head_of
 from hf_arch.bench.peers import LLAMA, PEERS, Environment, chosen_peers
 from hf_arch.bench.process import Worker, WorkerFailed, Workers
@@ -68,8 +68,8 @@ COUNTED += [(row, STEP) for row in ARCHITECTURES if head_of(row) == "ForCausalLM
 @pytest.mark.parametrize("row, span", COUNTED, ids=lambda of: getattr(of, "name", None) or f"{of.before}-{of.tokens}")
 def test_floors_count_what_is_computed(row, span, monkeypatch):
     monkeypatch.setattr(costs, "visible_pairs", lambda span, *kind: span.tokens * (span.before + span.tokens))
-    monkeypatch.setattr(costs, "segment_pairs", lambda window, span: span.tokens * window.span)
-    monkeypatch.setattr(costs, "slot_pairs", lambda rate, span: span.tokens * rate.reach)
+    monkeypatch.setattr(costs_of_long_context, "segment_pairs", lambda window, span: span.tokens * window.span)
+    monkeypatch.setattr(costs_of_long_context, "slot_pairs", lambda rate, span: span.tokens * rate.reach)
     operations = costs.cost(paper(row), span).operations
     if span.tokens == 1 and "bounded state" not in row.exceptions:  # a step need not be made of matrix products
         assert counted(row, span) <= 1.02 * operations
@@ -86,13 +86,13 @@ def test_only_pairs_that_are_seen_are_counted():
         assert costs.visible_pairs(span) == pairs_by_hand(span, 1000)
         assert costs.visible_pairs(span, window=9) == pairs_by_hand(span, 9)
         assert costs.visible_pairs(span, causal=False) == span.tokens * sum(span)
-        assert costs.segment_pairs(Window(99, 1), span) == pairs_by_hand(span, 1000)
-        assert costs.segment_pairs(Window(5, 8, True), span) == pairs_by_hand(span, 9)
-    assert costs.segment_pairs(Window(4, 3), costs.Span(4, 4)) == 4 + 5 + 6 + 7
+        assert costs_of_long_context.segment_pairs(Window(99, 1), span) == pairs_by_hand(span, 1000)
+        assert costs_of_long_context.segment_pairs(Window(5, 8, True), span) == pairs_by_hand(span, 9)
+    assert costs_of_long_context.segment_pairs(Window(4, 3), costs.Span(4, 4)) == 4 + 5 + 6 + 7
     causal, encoder = BlockChoice(2, 1, 0, 1, True, 0), BlockChoice(1, 1, 1, 1, False, 0)
-    assert costs.block_pairs(causal, 4, costs.Span(5, 10)) == 11 + 12 + 13 + 14 + 15
-    assert costs.block_pairs(causal, 4, costs.Span(1, 40)) == 4 + 4 + 4 + 1
-    assert costs.block_pairs(encoder, 4, costs.Span(23)) == 4 * 23 + 4 * 4 * 15 + 3 * 23
+    assert costs_of_long_context.block_pairs(causal, 4, costs.Span(5, 10)) == 11 + 12 + 13 + 14 + 15
+    assert costs_of_long_context.block_pairs(causal, 4, costs.Span(1, 40)) == 4 + 4 + 4 + 1
+    assert costs_of_long_context.block_pairs(encoder, 4, costs.Span(23)) == 4 * 23 + 4 * 4 * 15 + 3 * 23
 
 
 def test_layers_that_share_weights_are_as_much_work():
@@ -284,7 +284,7 @@ def test_an_environment_is_made_once_torch_first(monkeypatch, tmp_path):
     "arguments, message",
     [
         ("retnett", "Did you mean retnet"),
-        ("retnet --peers torchscal", "No peer is called 'torchscal'. Did you mean torchscale?"),
+        ("retnet --peers torchscal", "No peer is called 'torchscal'. Did you mean torchscale"),
         ("retnet --peers llama", "llama does the job of transformer"),
         ("--lengths 1", "32 or more"),
         ("--dtype int8", "no floating-point type"),

@@ -10,7 +10,8 @@ from originals import scaled_up
 from torch.testing import assert_close
 
 from hf_arch import find
-from hf_arch.bench.costs import Span, pattern_pairs
+from hf_arch.bench.costs import Span
+from hf_arch.bench.costs_of_long_context import pattern_pairs
 from hf_arch.convert import convert
 from promises import EXACT, Case, some_tokens
 

@@ -64,6 +64,7 @@ def test_every_token_follows_once_in_its_own_place():
 @pytest.mark.parametrize("training", [False, True])
 def test_segments_with_a_memory_are_one_long_text(bounded_case, training):
     model = bounded_case.build().train(training)
+    model.config.compression_loss_coef = 0.0  # the loss of what is named alone
     memory, documents, found = Memory(), texts(), []
     for batch in batches(documents, 3):
         told = memory.tell(batch, model)
@@ -139,7 +140,7 @@ def test_evaluation_is_that_of_whole_texts_and_leaves_the_training_memory_alone(
     whole = torch.tensor([document[:22] for document in texts() if len(document) > 21])
     assert len(whole) == 5  # some streams of the evaluation are filled up
     with torch.no_grad():
-        expected = model(whole[:3], labels=whole[:3]).loss
+        expected = model.eval()(whole[:3], labels=whole[:3]).loss
     rows = Segments(whole.tolist()[:3], SEGMENT, 3)
     for _ in range(2):
         assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(expected.item(), rel=1e-6)

@@ -107,7 +107,8 @@ def test_evaluation_and_passes_without_gradient_do_not_count(model):
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_recomputation_does_not_count(model, use_reentrant):
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    assert_same(train(model, pieces=2), train(toy(), pieces=2))
+    plain = train(toy(), pieces=2)
+    assert_same(train(model, pieces=2), plain, atol=1e-6, rtol=1e-5)  # norms without gradients round in another way
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

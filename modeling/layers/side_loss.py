@@ -35,8 +35,8 @@ class SideLoss:
         return sum((self.values[i] / self.counts[i].clamp(min=1) for i in self.values), torch.zeros(()))
 
     def join(self, loss: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
-        """loss + weight * total."""
-        whole = loss + weight * self.total().to(loss.device)
+        """loss + weight * total, in the type of the loss."""
+        whole = loss + (weight * self.total()).to(loss)
         if whole.requires_grad:
             whole.register_hook(lambda gradient: setattr(self, "gradient", gradient * weight))
         return whole

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from transformers import LongformerConfig, RobertaConfig
 
-from ...hierarchical.hat.conversion_hat import ROBERTA_HEADS, WARM, encoder_config, encoder_rules
-from ...skeleton.conversion import Conversion, Fields, Rule
+from ...hierarchical.hat.conversion_hat import ROBERTA_HEADS, encoder_config, encoder_rules
+from ...skeleton.conversion import WARM_START, Conversion, Fields, Rule
 
 GLOBAL = (r"attention\.self\.([qkv])(?:uery|ey|alue)_global\.(\w+)", r"mixer.\2_global_proj.\3")
 POSITIONS = "model.embed_positions.embed_positions.weight"
@@ -107,7 +107,7 @@ ROBERTA = Conversion(
         "RobertaForMultipleChoice": "ForMultipleChoice",
     },
     default_head="ForMaskedLM",
-    original=WARM,
+    original=WARM_START,
     rules=(
         *encoder_rules("roberta", also_global, position_rule("roberta", written_again)),
         *ROBERTA_HEADS,
