@@ -15,6 +15,8 @@ NOT_APPLICABLE: dict[str, str] = {
 # Rows that write text, whose tiny config has no experts
 DENSE = [row.name for row in ARCHITECTURES if "ForCausalLM" in row.heads and "num_local_experts" not in row.tiny]
 
+WEIGHTS_OF_BLOCKS = "The weights that are recorded are copies of those of blocks"
+
 # (row, test): what the mathematics of a row cannot keep
 NOT_KEPT: dict[tuple[str, str], str] = {
     (row, "test_output_router_logits_from_config"): "No feed-forward is sparse: there are no routers to ask"
@@ -27,10 +29,9 @@ NOT_KEPT: dict[tuple[str, str], str] = {
     ("sparse_transformer", "test_model_rope_scaling_from_config*"): "GPT-3's positions are a table: nothing is rotated",
     ("reformer", "test_model_rope_scaling_from_config*"): "Reformer's positions are a grid: nothing is rotated",
     ("bigbird", "test_model_rope_scaling_from_config*"): "BigBird's positions are a table: nothing is rotated",
-    (
-        "bigbird",
-        "test_retain_grad_hidden_states_attentions",
-    ): "The weights that are recorded are copies of those of blocks",
+    ("bigbird", "test_retain_grad_hidden_states_attentions"): WEIGHTS_OF_BLOCKS,
+    ("longformer", "test_retain_grad_hidden_states_attentions"): WEIGHTS_OF_BLOCKS,
+    ("longformer", "test_greedy_generate_dict_outputs"): "A step sees its window: there are no weights of all",
     ("reformer", "test_greedy_generate_dict_outputs"): "A step sees blocks of its buckets: there are no weights of all",
     ("encoder_decoder", "test_model_rope_scaling_from_config*"): "T5's bias tells positions: nothing is rotated",
     ("encoder_decoder", "test_retain_grad_hidden_states_attentions"): (

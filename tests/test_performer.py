@@ -45,7 +45,7 @@ def test_equals_performer_pytorch(kernel, direction):
     model = performer("Model", kernel_type=kernel, direction=direction, **PEERS)
     ids, expected = tensors.pop("ids"), tensors.pop("expected")
     missing, unknown = model.load_state_dict(tensors, strict=False)
-    assert not unknown and all(name.endswith((".seed", ".steps")) for name in missing)
+    assert not unknown and all(name.endswith(".steps") for name in missing)
     assert_close(model(ids).last_hidden_state, expected, **EXACT)
 
 
@@ -53,9 +53,7 @@ def attention_of(count: int, causal: bool, seed: int) -> tuple[torch.Tensor, tor
     """By features, and exact."""
     query, key, value = 0.5 * torch.randn(3, 1, 40, 2, 16, generator=torch.Generator().manual_seed(1)).double()
     config = ROW.tiny_config(hidden_size=32, num_attention_heads=2, num_key_value_heads=2, num_features=count)
-    torch.manual_seed(seed)
-    made = FEATURES["softmax"](config).double()
-    made.init_parameters(0.02)
+    made = FEATURES["softmax"](config, layer_idx=seed).double()
     scaling = 16**-0.5
     asked, (features, log_scale) = made.of_queries(query, scaling), made.of_keys(key, scaling)
     keys = features, value, log_scale

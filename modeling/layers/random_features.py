@@ -10,23 +10,22 @@ from .training_buffer import TrainingBuffer
 
 class OrthogonalFeatures(TrainingBuffer):
     """Random directions `value` [features, dim]: Gaussian vectors, those of a block of `dim` at right angles. Others
-    are drawn after every `redraw_interval` optimizer steps, and follow from the seed and the step alone, which are
-    saved: all processes, and a run that goes on from a checkpoint, draw the same.
+    are drawn after every `redraw_interval` optimizer steps. They follow from the layer and the number of the step,
+    which is saved: all processes, and a run that goes on from a checkpoint, draw the same.
 
     A module around it calls `count_step` in forward.
     """
 
-    def __init__(self, config):
-        super().__init__(torch.empty(config.num_features, config.head_dim))
-        self.redraw_interval, self.epsilon = config.feature_redraw_interval, config.kernel_epsilon
-        self.register_buffer("seed", torch.zeros((), dtype=torch.long))
+    def __init__(self, config, layer_idx: int):
+        value = torch.empty(config.num_features, config.head_dim)
+        super().__init__(value.copy_(orthogonal_directions(*value.shape, seed_of(layer_idx))))
+        self.layer_idx, self.redraw_interval = layer_idx, config.feature_redraw_interval
+        self.epsilon = config.kernel_epsilon
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     def init_parameters(self, std: float) -> None:
-        seed = int(torch.randint(2**31, (), device="cpu"))
-        init.constant_(self.seed, seed)
         init.zeros_(self.steps)
-        init.copy_(self.value, orthogonal_directions(*self.value.shape, seed))
+        init.copy_(self.value, orthogonal_directions(*self.value.shape, seed_of(self.layer_idx)))
 
     def count_step(self) -> None:
         """The optimizer step after this forward pass is one of those that are counted."""
@@ -37,7 +36,7 @@ class OrthogonalFeatures(TrainingBuffer):
         self.steps += 1
         if int(self.steps) % self.redraw_interval:
             return value
-        return orthogonal_directions(*value.shape, int(self.seed) + int(self.steps)).to(value)
+        return orthogonal_directions(*value.shape, seed_of(self.layer_idx, int(self.steps))).to(value)
 
     def projected(self, x: torch.Tensor, scaling: float) -> torch.Tensor:
         """sqrt(scaling) x along all directions, [batch, length, heads, dim] -> [batch, length, heads, features], in
@@ -83,6 +82,10 @@ class ReLUFeatures(OrthogonalFeatures):
 
 
 FEATURES = {"softmax": SoftmaxFeatures, "relu": ReLUFeatures}
+
+
+def seed_of(layer_idx: int, step: int = 0) -> int:
+    return (layer_idx << 20) + step  # a generator looks at 32 bits
 
 
 def orthogonal_directions(count: int, dim: int, seed: int) -> torch.Tensor:

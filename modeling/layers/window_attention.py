@@ -14,6 +14,7 @@ from ..ops.banded_attention import (
 from ..ops.documents import first_of_documents
 from .attention import Attention
 from .cache import RecurrentCacheLayer
+from .record import weights_asked
 
 
 class CausalWindowAttention(Attention):
@@ -62,7 +63,8 @@ class CausalWindowAttention(Attention):
         band = make_band(query[..., 0, 0], self.before, 0, self.dilation, documents, landmarks, count)
         told = self.block_options() | {"landmark_query": to_first}
         output, weights = banded_attention(query, key, value, band, **told)
-        return output, dense_weights(weights, band) if output_attentions and weights is not None else None
+        asked = weights is not None and weights_asked(self.config, output_attentions)
+        return output, dense_weights(weights, band) if asked else None
 
     def go_on(self, query, to_first, real: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """The same where the queries are the last of the keys; `real` [batch, keys]."""

@@ -12,6 +12,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 from ...layers.attention import Attention
 from ...layers.positions import LearnedPositions
+from ...layers.record import weights_asked
 from ...layers.residual import PostNorm
 from ...ops.block_sparse_attention import BlockPattern, block_sparse_attention, cut_into_blocks, dense_block_weights
 from ...skeleton.backbone import Backbone
@@ -55,7 +56,7 @@ class BlockSparseAttention(Attention):
         if past_key_values is not None:
             held = past_key_values.update(key.transpose(1, 2), value.transpose(1, 2), layer_idx)
             held = tuple(x.transpose(1, 2) for x in held)
-        asked = output_attentions or self.config.output_attentions
+        asked = weights_asked(self.config, output_attentions)
         if isinstance(attention_mask, StepMask):
             return self.answer(*self.step(query, *held, attention_mask, layer_idx, asked))
         pattern, before = attention_mask.patterns[layer_idx], attention_mask.before

@@ -14,6 +14,7 @@ from transformers.utils import TransformersKwargs
 
 from ...layers.attention import BidirectionalAttention
 from ...layers.positions import LearnedPositions
+from ...layers.record import weights_asked
 from ...layers.residual import PostNorm
 from ...layers.window_attention import CausalWindowAttention
 from ...ops.banded_attention import Band, banded_attention, dense_weights, make_band, take
@@ -62,7 +63,8 @@ class WindowAttention(BidirectionalAttention):
         band = attention_mask.bands[self.band]
         query, key, value = (self.heads(proj(hidden_states)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         output, weights = banded_attention(query, key, value, band, **self.block_options())
-        weights = dense_weights(weights, band) if output_attentions and weights is not None else None
+        asked = weights is not None and weights_asked(self.config, output_attentions)
+        weights = dense_weights(weights, band) if asked else None
         return self.answer(*self.everywhere(hidden_states, output, weights, attention_mask.everywhere))
 
     def heads(self, x: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ class FavorAttention(Attention):
 
     def __init__(self, config: ArchPerformerConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.features = FEATURES[config.kernel_type](config)
+        self.features = FEATURES[config.kernel_type](config, layer_idx)
 
     def forward(
         self,

@@ -13,7 +13,7 @@ from ...layers.bucketed import attend_in_buckets
 from ...layers.feed_forward import ChunkedMLP
 from ...layers.mixer import Mixer
 from ...layers.positions import AxialPositions
-from ...layers.record import AttentionWeights, HiddenStates
+from ...layers.record import AttentionWeights, HiddenStates, weights_asked
 from ...layers.reversible import Choices, Reversible
 from ...ops.bucketed_attention import bucketed_weights
 from ...ops.precision import without_autocast
@@ -62,8 +62,7 @@ class BlockAttention(Mixer):
         options = {"num_buckets": self.num_buckets, "block": self.block, "sees_itself": self.sees_itself}
         options |= {"documents": attention_mask}
         memory = self.memory(past_key_values, layer_idx)
-        wanted = self.config.output_attentions if output_attentions is None else output_attentions
-        output = self.attend(memory, *tokens, bool(wanted), **options)
+        output = self.attend(memory, *tokens, weights_asked(self.config, output_attentions), **options)
         return self.o_proj(output.flatten(-2))
 
     def among_ranked(self, memory, query, key, value, buckets, output_attentions: bool, **options) -> torch.Tensor:
@@ -123,12 +122,14 @@ class LSHAttention(BlockAttention):
         self.num_buckets = math.prod(self.factors)
         axes = sum(self.factors) // 2
         rotations = torch.empty(config.num_attention_heads, config.head_dim, config.num_hashes, axes)
-        self.register_buffer("rotations", rotations)
+        self.register_buffer("rotations", rotations.copy_(self.draw(rotations.shape)))
 
     def init_parameters(self, std: float) -> None:
+        init.copy_(self.rotations, self.draw(self.rotations.shape))
+
+    def draw(self, shape: torch.Size) -> torch.Tensor:
         """The same for all models of a shape, whatever seed their weights have."""
-        generator = torch.Generator().manual_seed(self.layer_idx)
-        init.copy_(self.rotations, torch.randn(self.rotations.shape, generator=generator))
+        return torch.randn(shape, generator=torch.Generator().manual_seed(self.layer_idx), device="cpu")
 
     def tokens(self, hidden_states, choices):
         query, value = (
