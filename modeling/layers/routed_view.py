@@ -150,7 +150,7 @@ class RoutedView(View):
             return {"past_key_values": FirstKeys(memory, row, place, count, last)}
         place = before[rows.batch_row, None] + place
         count = before.index_add(0, rows.batch_row, rows.counts)
-        shown = int(count.max())
+        shown = int(count[rows.batch_row].max())
         mask = None if place.numel() == 1 else self.mask(place + 1, shown, tokens)
         place = torch.where(real, place, -1)
         return {"attention_mask": mask, "past_key_values": ChosenKeys(memory, rows.batch_row, place, count, shown)}
