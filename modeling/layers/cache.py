@@ -185,7 +185,6 @@ RECURRENT = (
     "lsh_attention",
     "modal_hyena",
     "retention",
-    "routed_attention",
     "routing",
     "rwkv4",
     "rwkv7",

@@ -10,7 +10,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils.import_utils import is_tracing
 
 from ..ops.token_choice import ChosenRows, rows_of, rows_of_share, share_of_length, top_share
-from .chosen_cache import ChosenCacheLayer, StaticChosenCacheLayer
+from .chosen_cache import ChosenCacheLayer
 from .side_loss import SideLoss
 from .view import View
 
@@ -91,7 +91,7 @@ class RoutedView(View):
         weight = (weight + zero).to(stream.dtype)
         if self.training and documents is None and memory is None:
             rows = rows_of_share(chosen, share_of_length(stream.shape[1], self.capacity))
-        elif is_tracing(stream) and memory is None or isinstance(memory, StaticChosenCacheLayer):
+        elif is_tracing(stream) if memory is None else memory.is_compileable:
             return self.work_on_all(stream, inside, weight, chosen, documents, memory, context)
         else:
             rows = rows_of(chosen, documents)

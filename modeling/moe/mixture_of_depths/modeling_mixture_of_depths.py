@@ -21,12 +21,14 @@ from ...skeleton.backbone import Backbone
 from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
 from ...skeleton.heads import CausalLM
 from ...skeleton.loss import share_of_batch, targets_of
+from ...skeleton.masks import number_documents
 from .configuration_mixture_of_depths import ArchMixtureOfDepthsConfig
 
 
 class ArchMixtureOfDepthsModel(Backbone):
     config: ArchMixtureOfDepthsConfig
     mixers = {"full_attention": Attention, "routed_attention": Attention}
+    masks = {"routed_attention": number_documents}
     views = {"routed_attention": RoutedView}
     positions = RotaryEmbedding
 
