@@ -80,7 +80,9 @@ def rows_of(chosen: torch.Tensor, documents: torch.Tensor | None = None) -> Chos
     token = chosen.flatten().nonzero().squeeze(-1)
     if not len(token):
         nowhere = token.new_zeros(1)
-        return ChosenRows(nowhere[None], torch.zeros_like(nowhere[None], dtype=torch.bool), nowhere, None, batch, length)
+        return ChosenRows(
+            nowhere[None], torch.zeros_like(nowhere[None], dtype=torch.bool), nowhere, None, batch, length
+        )
     starts = torch.ones_like(token, dtype=torch.bool)
     starts[1:] = (token // length).diff() != 0
     if documents is not None:
