@@ -111,7 +111,10 @@ VARIANTS = {
         "no_global_block": {"block_size": 16, "num_window_blocks": 1, "num_random_blocks": 3, "num_global_blocks": 0},
     },
     "mixtral": {"sliding": {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9}},
-    "mixture_of_depths": {"everywhere": {"layer_types": ["routed_attention"] * 2, "num_key_value_heads": None}},
+    "mixture_of_depths": {
+        "everywhere": {"layer_types": ["routed_attention"] * 2, "num_key_value_heads": None},
+        "early_exit": {"layer_types": ["early_exit_attention"] * 3, "num_hidden_layers": 3, "early_exit_threshold": 0.5},
+    },
     "hat": {
         "one_level": {"segment_lengths": [], "layer_types": ["level_0"] * 3},
         "three_levels": {"segment_lengths": [5, 4], "num_hidden_layers": 5}

@@ -1,7 +1,7 @@
 """Which tokens of a text something works on, and these tokens as rows of their own.
 
-A share of a text is ceil(capacity * its real tokens), those that score highest; of equal scores the first. It depends on
-the whole text: what is chosen of the past changes with the future.
+A share of a text is ceil(capacity * its real tokens), those that score highest; of equal scores the first. It depends
+on the whole text: what is chosen of the past changes with the future.
 """
 
 import math
@@ -66,8 +66,8 @@ class ChosenRows(NamedTuple):
 
 
 def rows_of_share(chosen: torch.Tensor, share: int) -> ChosenRows:
-    """As `rows_of`, where each row of the batch is one text of which `share` tokens are chosen: no shape rests on values,
-    so that it can be compiled."""
+    """As `rows_of`, where each row of the batch is one text of which `share` tokens are chosen: no shape rests on
+    values, so that it can be compiled."""
     batch, length = chosen.shape
     place = chosen.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :share]
     row = torch.arange(batch, device=chosen.device)
