@@ -16,8 +16,8 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from hf_arch import ARCHITECTURES, Architecture
 from hf_arch.modeling.layers.centroids import Centroids
-from hf_arch.modeling.layers.experts import TopKRouter
 from hf_arch.modeling.layers.routed_view import RoutedView
+from hf_arch.modeling.layers.routers import TopKRouter
 from hf_arch.modeling.long_context.reformer.modeling_reformer import LSHAttention
 
 VARIANTS = {
@@ -112,8 +112,13 @@ VARIANTS = {
     },
     "mixtral": {"sliding": {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9}},
     "mixture_of_depths": {
-        "everywhere": {"layer_types": ["routed_attention"] * 2, "num_key_value_heads": None},
-        "early_exit": {"layer_types": ["early_exit_attention"] * 3, "num_hidden_layers": 3, "early_exit_threshold": 0.5},
+        "everywhere": {"layer_types": ["routed_attention"] * 2, "num_key_value_heads": None}
+        | {"feed_forward_types": ["gated", "sparse"], "num_local_experts": 4},
+        "early_exit": {
+            "layer_types": ["early_exit_attention"] * 3,
+            "num_hidden_layers": 3,
+            "early_exit_threshold": 0.5,
+        },
     },
     "hat": {
         "one_level": {"segment_lengths": [], "layer_types": ["level_0"] * 3},

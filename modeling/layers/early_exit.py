@@ -103,7 +103,7 @@ class EarlyExitView(View):
         rows = rows_of(exits.staying)
         if rows.nothing and past_key_values is None:
             return stream
-        answer = inside(stream, asking=rows, **context)
+        answer = inside(stream, asking=rows, **context | {"documents": rows.real})
         if rows.nothing:
             return stream
         exits.depths = exits.depths + exits.staying

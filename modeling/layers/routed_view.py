@@ -124,6 +124,7 @@ class RoutedView(View):
         told = context | {
             "position_embeddings": type(positions)(*(rows.take(each) for each in positions)),
             "attention_mask": self.causal_mask(tokens),
+            "documents": rows.real,
             "past_key_values": None,
         }
         if memory is not None:
@@ -167,11 +168,11 @@ class RoutedView(View):
     def work_on_all(self, stream, inside, weight, chosen, documents, memory, context: dict) -> torch.Tensor:
         """The same where no shape may rest on values: all is computed, and what is not chosen is seen by no one."""
         batch, length = chosen.shape
+        documents = chosen if documents is None else documents * chosen
         if memory is None:
             place, keys = torch.arange(length, device=chosen.device), None
             shown = (place <= place[:, None]) & chosen[:, None]
-            if documents is not None:
-                shown = shown & (documents[:, None] == documents[..., None])
+            shown = shown & (documents[:, None] == documents[..., None])
             mask = self.as_asked((shown | (place == place[:, None]))[:, None], stream)  # or some would see nothing
         else:
             before = memory.read("memory_count")
@@ -179,7 +180,8 @@ class RoutedView(View):
             row = torch.arange(batch, device=chosen.device)
             keys = ChosenKeys(memory, row, torch.where(chosen, seen - 1, -1), seen[:, -1], None)
             mask = self.mask(seen.clamp(min=1), memory.max_cache_len + 1, stream)
-        answer = inside(stream, attention_mask=mask, past_key_values=keys, **context)
+        told = {"attention_mask": mask, "past_key_values": keys, "documents": documents}
+        answer = inside(stream, **context | told)
         if memory is not None:
             memory.write(length)
         return torch.where(chosen[..., None], torch.lerp(stream, answer, weight), stream)

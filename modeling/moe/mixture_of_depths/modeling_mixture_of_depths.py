@@ -13,7 +13,6 @@ from typing import Unpack
 import torch
 import torch.nn.functional as F
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from ...layers.attention import Attention
@@ -23,7 +22,7 @@ from ...layers.routed_view import RoutedView
 from ...layers.side_loss import LateLoss, SideLoss
 from ...skeleton.backbone import Backbone
 from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
-from ...skeleton.heads import CausalLM, loss_and_logits
+from ...skeleton.heads import CausalLM, CausalLMOutput, loss_and_logits
 from ...skeleton.loss import LOGITS_AT_ONCE, share_of_batch, targets_of
 from ...skeleton.masks import MASKS, number_documents
 from .configuration_mixture_of_depths import ArchMixtureOfDepthsConfig
@@ -56,7 +55,7 @@ class ArchMixtureOfDepthsModel(Backbone):
 
 
 @dataclass
-class DepthCausalLMOutput(MoeCausalLMOutputWithPast):
+class DepthCausalLMOutput(CausalLMOutput):
     """`predictor_loss`, `exit_loss`: in training with labels, what predictors and classifiers lose, the mean of the
     binary cross-entropy over tokens, added up over the layers. `depths` [batch, length]: in evaluation, of how many
     layers of type early_exit_attention each token has been through."""
