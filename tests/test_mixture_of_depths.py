@@ -11,7 +11,10 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_arch import find
+from hf_arch.bench import costs
+from hf_arch.bench.worker.serve import ON_CPU
 from hf_arch.modeling.layers import routed_view
+from hf_arch.modeling.layers.routed_view import RoutedView
 from hf_arch.modeling.ops.token_choice import rows_of, top_share
 from promises import EXACT, Case, some_tokens
 
@@ -182,6 +185,19 @@ def test_what_no_one_chose_costs_nothing_and_breaks_nothing(tokens):
     for name, weight in model.named_parameters():
         assert weight.grad is not None and weight.grad.any() == ("layers.1." not in name), name
     assert_close(model(tokens, use_cache=True).logits, expected, **EXACT)
+
+
+@torch.no_grad()
+def test_only_what_is_chosen_is_computed(monkeypatch):
+    monkeypatch.setattr(costs, "visible_pairs", lambda span, *kind: span.tokens * span.tokens)  # as torch counts
+    monkeypatch.setattr(RoutedView, "decide", lambda self, scores: torch.arange(scores.shape[1])[:, None] % 4 == 0)
+    model = depths(capacity=0.25).float()
+    for asked in (model.eval(), model.train()):
+        with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counter:
+            asked(torch.full((1, 256), 5), use_cache=False)
+        expected = costs.cost(asked, costs.Span(256)).operations
+        assert 0.97 * expected < counter.get_total_flops() < 1.01 * expected
+    assert expected < 0.75 * costs.cost(depths(capacity=1.0), costs.Span(256)).operations
 
 
 @torch.no_grad()

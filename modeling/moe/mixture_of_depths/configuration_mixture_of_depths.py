@@ -1,4 +1,4 @@
-"""Mixture-of-Depths (Raposo et al., 2024, arXiv:2404.02258) and early exits (Schuster et al., 2022, arXiv:2207.07061)."""
+"""Mixture-of-Depths (Raposo et al., 2024, arXiv:2404.02258) and early exits (CALM: arXiv:2207.07061)."""
 
 from typing import Literal
 
