@@ -327,7 +327,7 @@ ARCHITECTURES = (
             *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
             *("in_proj", "out_proj"),
         ),
-        tiny={"num_key_value_heads": 2, "capacity": 0.5},
+        tiny={"num_key_value_heads": 2, "capacity": 0.5, "predictor_size": 20},
         exceptions=FULL_ATTENTION,
     ),
     Architecture(

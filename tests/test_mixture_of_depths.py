@@ -76,7 +76,8 @@ def highest(model):
 def predicted(layer, x, weights):
     """Token by token, as otherwise."""
     scores = layer.view.predictor
-    odds = [scores.out_proj(F.silu(scores.in_proj(token))).sigmoid() for token in x]
+    even = (token / (token.square().mean() + scores.eps).sqrt() for token in x)
+    odds = [scores.out_proj(F.silu(scores.in_proj(token))).sigmoid() for token in even]
     return [t for t, odd in enumerate(odds) if odd > 0.5]
 
 
