@@ -2,13 +2,15 @@
 
 import importlib
 
+from hf_arch.architecture import Architecture
 from hf_arch.attention import register_attention, window_cache
-from hf_arch.catalogue import ARCHITECTURES, Architecture, find, register
+from hf_arch.catalogue import ARCHITECTURES, find
 from hf_arch.convert import convert
 from hf_arch.distill import distill
 from hf_arch.export import export, push_to_hub
 from hf_arch.groups import parameter_groups
 from hf_arch.lora import lora_config, register_targets
+from hf_arch.registration import register
 from hf_arch.states import fork, load_state, save_state
 
 register()
