@@ -16,13 +16,16 @@ from hf_arch.states import fork, load_state, save_state
 register()
 register_targets()
 
-LATER = {  # transformers' Trainer and collators take seconds to import
+LATER = {  # transformers' Trainer and collators, and matplotlib, take seconds to import
     "ContrastiveCollator": "collators",
     "PrefixLMCollator": "collators",
+    "RoutingCallback": "routing",
+    "RoutingStatistics": "routing",
     "SpanCorruptionCollator": "collators",
     "Segments": "streams",
     "StatefulTrainer": "streams",
     "WholeWordMaskCollator": "collators",
+    "routing_statistics": "routing",
 }
 
 
@@ -37,6 +40,8 @@ __all__ = [
     "Architecture",
     "ContrastiveCollator",
     "PrefixLMCollator",
+    "RoutingCallback",
+    "RoutingStatistics",
     "Segments",
     "SpanCorruptionCollator",
     "StatefulTrainer",
@@ -51,6 +56,7 @@ __all__ = [
     "parameter_groups",
     "push_to_hub",
     "register_attention",
+    "routing_statistics",
     "save_state",
     "window_cache",
 ]
