@@ -147,7 +147,7 @@ WITHOUT_TOKENS = ("Model", "ForSequenceClassification", "ForTokenClassification"
 IDLE = {
     "longformer": dict.fromkeys(("ForSequenceClassification", "ForMultipleChoice"), LAST_WINDOW),
     "compressive_transformer": dict.fromkeys(WITHOUT_TOKENS, COMPRESSION),
-    "mixture_of_depths": dict.fromkeys(WITHOUT_TOKENS, PREDICTOR),
+    "mixture_of_depths": {"Model": PREDICTOR},
 }
 
 WINDOWS = {"padding does not enter the state": "transformers' cache of a window counts columns, padding included."}

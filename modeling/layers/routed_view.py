@@ -117,9 +117,12 @@ class RoutedView(View):
         scores = self.predictor(stream.detach()).squeeze(-1)
         scores = scores.to(wide(scores))
         loss = F.binary_cross_entropy_with_logits(scores, chosen.to(scores.dtype), reduction="none")
-        count = chosen.new_full((), chosen.numel(), dtype=torch.long)
-        if documents is not None:
-            loss, count = loss * (documents > 0), (documents > 0).sum()
+        documents = torch.ones_like(chosen, dtype=torch.long) if documents is None else documents
+        each = (documents > 0).to(loss.dtype)
+        if side_loss.by_document:
+            lengths = torch.zeros_like(documents).scatter_add(1, documents, torch.ones_like(documents))
+            each = each / lengths.gather(1, documents)
+        loss, count = loss * each, each.sum()
         return side_loss.attach(layer_idx, loss.sum(), count)
 
     def work_on(self, rows: ChosenRows, stream, inside, weight, memory: ChosenCacheLayer | None, context: dict):

@@ -8,16 +8,18 @@ class SideLoss:
 
     Nothing but the answer of a layer carries gradients through reentrant checkpointing and the hooks of sharded
     modules. So the layer adds to its answer what `attach` gives it: a zero, through which the gradient of the whole
-    loss comes back, however that was scaled. One object is for one call of a model.
+    loss comes back, however that was scaled. One object is for one call of a model. `by_document` tells layers to add
+    up a mean over each document, for losses that count texts: in pieces of a batch they then add up.
     """
 
-    def __init__(self):
+    def __init__(self, by_document: bool = False):
+        self.by_document = by_document
         self.values: dict[int, torch.Tensor] = {}
         self.counts: dict[int, torch.Tensor] = {}
         self.gradient: torch.Tensor | None = None  # of the whole loss by what `total` sums up
 
     def attach(self, layer_idx: int, loss: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-        """`loss`: a sum over `count` tokens."""
+        """`loss`: a sum over `count` tokens, or documents."""
         self.values[layer_idx], self.counts[layer_idx] = loss.detach(), count
         if loss.requires_grad:
             loss.register_hook(self.gradient_of)
@@ -27,11 +29,11 @@ class SideLoss:
         return torch.zeros_like(gradient) if self.gradient is None else self.gradient.to(gradient.dtype)
 
     def total(self) -> torch.Tensor:
-        """The sum over tokens and layers."""
+        """The sum over all that is counted, and layers."""
         return sum(self.values.values(), torch.zeros(()))
 
     def mean(self) -> torch.Tensor:
-        """The mean over tokens, added up over the layers."""
+        """The mean over what is counted, added up over the layers."""
         return sum((self.values[i] / self.counts[i].clamp(min=1) for i in self.values), torch.zeros(()))
 
     def join(self, loss: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
