@@ -128,6 +128,19 @@ def test_losses_of_the_exits(tokens):
         assert_close(ours, theirs, **close, msg=name)
 
 
+def test_compiled_training_equals_eager(tokens):
+    kinds = ["routed_attention", "early_exit_attention", "early_exit_attention"]
+    model = leaving(layer_types=kinds, num_hidden_layers=3).train()
+    inputs = {"input_ids": tokens, "labels": tokens, "use_cache": False}
+    model(**inputs).loss.backward()
+    expected = {name: weight.grad for name, weight in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    torch._dynamo.reset()
+    torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs).loss.backward()
+    for name, weight in model.named_parameters():
+        assert_close(weight.grad, expected[name], **EXACT, msg=name)
+
+
 @pytest.mark.parametrize("kind", ["early_exit_attention", "routed_attention"])
 def test_pieces_of_a_batch_add_up(kind, tokens):
     model, labels = leaving(layer_types=[kind] * 4).train(), tokens.clone()
