@@ -35,7 +35,7 @@ from hf_arch.streams import Segments, StatefulTrainer
 from promises import DECODERS, EXACT, MODELS, ROWS, Case, some_tokens
 from training_buffer_toy import ToyConfig, ToyForCausalLM, buffers
 
-CASES = [*MODELS, *(case for case in DECODERS if case.variant in ("t5", "shared"))]
+CASES = [*MODELS, *(case for case in DECODERS if case.variant in ("t5", "shared", "early_exit"))]
 CASES.append(Case(ROWS[0].row, "ForCausalLM", "tied", {"tie_word_embeddings": True, "attention_bias": True}))
 LONGFORMER = next(case.row for case in ROWS if case.row.name == "longformer")
 CASES.append(

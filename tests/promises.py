@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from hf_arch import ARCHITECTURES, Architecture
 from hf_arch.modeling.layers.centroids import Centroids
+from hf_arch.modeling.layers.early_exit import EarlyExitView
 from hf_arch.modeling.layers.routed_view import RoutedView
 from hf_arch.modeling.layers.routers import TopKRouter
 from hf_arch.modeling.long_context.reformer.modeling_reformer import LSHAttention
@@ -304,7 +305,7 @@ def held_choices():
     """Each router chooses the experts, each hash the buckets, and each head the clusters, that it chose first for as
     many tokens: a choice that a rounding error turns says nothing of precision."""
     held, choices = {}, ((TopKRouter, "choose"), (LSHAttention, "choose"), (Centroids, "nearest"))
-    choices += ((RoutedView, "decide"),)
+    choices += ((RoutedView, "decide"), (EarlyExitView, "decide"))
 
     def first(choose):
         return lambda self, scores: held.setdefault((self, scores.shape[:-1]), choose(self, scores))
