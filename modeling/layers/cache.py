@@ -19,8 +19,8 @@ from transformers.cache_utils import (
 class RecurrentCacheLayer(CacheLayerMixin):
     """Named tensors of fixed size, batch first, and the number of tokens they sum up.
 
-    A state of zeros is that of a row which has read nothing. Tensors are replaced, never written to, so that those of
-    an earlier moment can be kept at no cost.
+    A state of zeros is that of a row which has read nothing. Tensors are replaced, so that those of an earlier moment
+    can be kept at no cost; a step that changes a small part of a large one may write into it where it is `writable`.
     """
 
     supports_early_init = False
@@ -44,6 +44,12 @@ class RecurrentCacheLayer(CacheLayerMixin):
 
     def read(self, name: str) -> torch.Tensor | None:
         return self.states.get(name) if self.is_initialized else None
+
+    def writable(self, state: torch.Tensor) -> bool:
+        """Whether a step may write into a state that it has read: no one keeps what it was, and no gradient needs it."""
+        if self.record_past or torch.is_grad_enabled():
+            return False
+        return torch.compiler.is_compiling() or not state.is_inference() or torch.is_inference_mode_enabled()
 
     @property
     def batch_size(self) -> int:
