@@ -185,3 +185,21 @@ def test_a_frozen_relative_key_follows_its_adapter(tokens):
             base = model(tokens).logits
         assert (base - adapted).abs().max() > 1e-3
         torch.testing.assert_close(model(tokens).logits, adapted)
+
+
+@torch.no_grad()
+def test_steps_slide_through_a_room_and_can_go_back(tokens):
+    model, cache = transformer_xl(), None
+    places = []
+    for n in range(70):
+        cache = model(tokens[:, n : n + 1], past_key_values=cache, use_cache=True).past_key_values
+        places.append(cache.layers[0].states["memory_key"].untyped_storage().data_ptr())
+        if n == 59:
+            for layer in cache.layers:
+                layer.activate_past_recording()
+    assert len(set(places[1:])) < 15  # states of 35 tokens, with room for 8 more
+    cache.crop(-6)
+    other = tokens.flip(1)[:, :6]
+    logits = [model(other[:, n : n + 1], past_key_values=cache).logits for n in range(6)]
+    whole = model(torch.cat((tokens[:, :64], other), dim=1)).logits[:, 64:]
+    torch.testing.assert_close(torch.cat(logits, dim=1), whole, atol=1e-8, rtol=1e-8)

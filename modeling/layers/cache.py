@@ -32,6 +32,7 @@ class RecurrentCacheLayer(CacheLayerMixin):
         self.cumulative_length: int | torch.Tensor = 0
         self.record_past = False
         self.past: list[tuple[int, dict[str, torch.Tensor]]] = []  # length and states before each call
+        self.rooms: dict[str, torch.Tensor] = {}  # what `follow` made: states are parts of it
 
     def write(self, new_tokens: int, **states: torch.Tensor) -> None:
         """The states after `new_tokens` more: the mixer of a layer writes all of its own at once, for each call of the
@@ -46,10 +47,24 @@ class RecurrentCacheLayer(CacheLayerMixin):
         return self.states.get(name) if self.is_initialized else None
 
     def writable(self, state: torch.Tensor) -> bool:
-        """Whether a step may write into a state that it has read: no one keeps what it was, and no gradient needs it."""
+        """Whether a step may write into a state that it has read: no one keeps what it was, no gradient needs it."""
         if self.record_past or torch.is_grad_enabled():
             return False
         return torch.compiler.is_compiling() or not state.is_inference() or torch.is_inference_mode_enabled()
+
+    def follow(self, name: str, after: torch.Tensor) -> torch.Tensor:
+        """What the state `name` [batch, held, ...] holds, and `after` [batch, new, ...] behind it. They are put into a
+        room with space for more, in which the state of the next call begins later: only now and then is it copied."""
+        held, new = self.states[name], after.shape[1]
+        if after.requires_grad or held.requires_grad or torch.compiler.is_compiling():
+            return torch.cat((held.to(after.dtype), after), dim=1)
+        room, size = self.rooms.get(name), held.shape[1]
+        end = None if room is None else place_in(room, held) + size
+        if end is None or end < size or end + new > room.shape[1] or room.dtype != after.dtype:
+            room = self.rooms[name] = after.new_empty(len(held), size + new + size // 4, *held.shape[2:])
+            room[:, :size], end = held, size
+        room[:, end : end + new] = after
+        return room[:, end - size : end + new]
 
     @property
     def batch_size(self) -> int:
@@ -68,6 +83,7 @@ class RecurrentCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.states, self.cumulative_length, self.is_initialized = {}, 0, False
         self.past.clear()
+        self.rooms.clear()
 
     def change(self, each) -> None:
         self.past.clear()
@@ -116,6 +132,14 @@ class RecurrentCacheLayer(CacheLayerMixin):
     prefetch = offload
 
 
+def place_in(room: torch.Tensor, held: torch.Tensor) -> int:
+    """Where along the second dimension of `room` the tensor `held`, a part of it, begins; far below 0 if it is none."""
+    within = held.untyped_storage().data_ptr() == room.untyped_storage().data_ptr() and held.dtype == room.dtype
+    if not within or len(held) != len(room) or held.stride() != room.stride():
+        return -room.shape[1] - held.shape[1]
+    return held.storage_offset() // room.stride(1)
+
+
 class StaticRecurrentCacheLayer(RecurrentCacheLayer):
     """The same at fixed addresses, written in place: for compiled decoding and CUDA graphs."""
 
@@ -136,6 +160,9 @@ class StaticRecurrentCacheLayer(RecurrentCacheLayer):
             self.cumulative_length = self.at_fixed_address(self.cumulative_length.to(device))
         self.cumulative_length.add_(new_tokens)
         self.is_initialized = True
+
+    def follow(self, name: str, after: torch.Tensor) -> torch.Tensor:
+        return torch.cat((self.states[name].to(after.dtype), after), dim=1)
 
     def at_fixed_address(self, tensor: torch.Tensor) -> torch.Tensor:
         if not torch.compiler.is_compiling():

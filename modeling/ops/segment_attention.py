@@ -26,7 +26,6 @@ from .segment_rows import (
     SegmentState,
     Window,
     find_rows,
-    follow,
     joined,
     next_state,
     places,
@@ -51,33 +50,41 @@ def dense_segment_attention(
     initial_state: SegmentState | None = None,
     output_final_state: bool = False,
     dropout: float = 0.0,
+    live: Projected | None = None,
 ):
-    """The definition above, all pairs at once. The reference for tests, for a step, and for less than a segment."""
+    """The definition above, all pairs at once. The reference for tests, for a step, and for less than a segment.
+
+    `live`: what the state holds with keys and values behind it, where the caller has put them together."""
     number, place = places(documents, content, initial_state)
     key_number, key_place = with_held(number, place, None if initial_state is None else initial_state.read, window)
     visible = (key_number[:, None] == number[:, :, None]) & window.shows(place[:, :, None], key_place[:, None])
     away = place[:, :, None] - key_place[:, None]
     segment, key_segment = (x.div(window.segment, rounding_mode="floor") for x in (place, key_place))
     now = segment[:, :, None] == key_segment[:, None]
-    live = joined(initial_state, (key, value))
+    live = joined(initial_state, (key, value)) if live is None else live
     state = next_state(live, window, documents, initial_state) if output_final_state else None
     before = live if still is None else joined(initial_state, still)
     if slots is not None:
+        older = slots.pair
         seen, far = slots.seen_from(place, number == 1, window)
         visible, away = torch.cat((seen, visible), dim=-1), torch.cat((far, away), dim=-1)
-        now = F.pad(now, (seen.shape[-1], 0))
-        live, before = (tuple(map(follow, slots.pair, pair)) for pair in (live, before))
-    scale, now, keys = content.shape[-1] ** -0.5, now[:, None], live[0].shape[1]
+    scale, now = content.shape[-1] ** -0.5, now[:, None]
     scores = torch.einsum("bqhd,bkhd->bhqk", content * scale, live[0])
     if still is not None:
         scores = torch.where(now, scores, torch.einsum("bqhd,bkhd->bhqk", content * scale, before[0]))
-    by_distance = torch.einsum("bqhd,rhd->bhqr", distance * scale, relative[:keys])
+    if slots is not None:
+        scores = torch.cat((torch.einsum("bqhd,bkhd->bhqk", content * scale, older[0]), scores), dim=-1)
+    by_distance = torch.einsum("bqhd,rhd->bhqr", distance * scale, relative[: scores.shape[-1]])
     away = away.clamp(0, by_distance.shape[-1] - 1)[:, None].expand_as(scores)
     scores = (scores + by_distance.gather(-1, away)).masked_fill(~visible[:, None], torch.finfo(scores.dtype).min)
     weights = F.dropout(wide_softmax(scores).to(live[1].dtype), dropout, dropout > 0)
+    output = 0.0
+    if slots is not None:
+        of_slots, weights = weights.split((older[1].shape[1], live[1].shape[1]), dim=-1)
+        output = torch.einsum("bhqk,bkhd->bqhd", of_slots, older[1])
     if still is None:
-        return torch.einsum("bhqk,bkhd->bqhd", weights, live[1]), state
-    output = torch.einsum("bhqk,bkhd->bqhd", weights * now, live[1])
+        return output + torch.einsum("bhqk,bkhd->bqhd", weights, live[1]), state
+    output = output + torch.einsum("bhqk,bkhd->bqhd", weights * now, live[1])
     return output + torch.einsum("bhqk,bkhd->bqhd", weights * ~now, before[1]), state
 
 
