@@ -46,9 +46,10 @@ class RecurrentCacheLayer(CacheLayerMixin):
     def read(self, name: str) -> torch.Tensor | None:
         return self.states.get(name) if self.is_initialized else None
 
-    def writable(self, state: torch.Tensor) -> bool:
-        """Whether a step may write into a state that it has read: no one keeps what it was, no gradient needs it."""
-        if self.record_past or torch.is_grad_enabled():
+    def writable(self, state: torch.Tensor, appended: bool = False) -> bool:
+        """Whether a step may write into a state that it has read: no one keeps what it was, no gradient needs it. What
+        is `appended`, where an earlier moment reads nothing, does not trouble who keeps it."""
+        if self.record_past and not appended or torch.is_grad_enabled():
             return False
         return torch.compiler.is_compiling() or not state.is_inference() or torch.is_inference_mode_enabled()
 
@@ -181,8 +182,8 @@ class StaticRecurrentCacheLayer(RecurrentCacheLayer):
 
 
 class HistoryCacheLayer(RecurrentCacheLayer):
-    """The same with states that grow: those called history hold all tokens of the text, [batch, channels, tokens], the
-    newest first, zero where there are fewer."""
+    """The same with states that grow: those whose names begin with history hold all tokens of the text, [batch,
+    channels, tokens], the newest first, zero where there are fewer."""
 
     def room(self, new_tokens: int) -> int:
         """For how many tokens in all there must be room now."""
@@ -218,6 +219,7 @@ RECURRENT = (
     "lsh_attention",
     "modal_hyena",
     "retention",
+    "retrieval_attention",
     "routing",
     "rwkv4",
     "rwkv7",
@@ -233,7 +235,8 @@ STATIC_LAYER_TYPE_MAPPING |= dict.fromkeys(RECURRENT, StaticRecurrentCacheLayer)
 # A block at random may be any of the earlier ones: all keys and values are kept
 DYNAMIC_LAYER_TYPE_MAPPING["causal_block_sparse_attention"] = DynamicLayer
 STATIC_LAYER_TYPE_MAPPING["causal_block_sparse_attention"] = StaticLayer
-DYNAMIC_LAYER_TYPE_MAPPING["hyena"], STATIC_LAYER_TYPE_MAPPING["hyena"] = HistoryCacheLayer, StaticHistoryCacheLayer
+DYNAMIC_LAYER_TYPE_MAPPING |= dict.fromkeys(("hyena", "retrieval_attention"), HistoryCacheLayer)
+STATIC_LAYER_TYPE_MAPPING |= dict.fromkeys(("hyena", "retrieval_attention"), StaticHistoryCacheLayer)
 
 # Attention by patterns that reach back without end keeps all keys and values
 PATTERNS = ("dilated_attention", "fixed_attention", "strided_attention")
