@@ -128,8 +128,8 @@ def attend_blocks(content, distance, own: Projected, before: list[Memory], relat
     rows, length, heads, dim = content.shape
     segment, span = window.segment, len(relative)
     # Distances from the largest down to 0, and to -1, which is never seen
-    relative = F.pad(relative.flip(0), (0, 0, 0, 0, 0, 1)).permute(1, 2, 0)
-    content, distance = (in_segments(x * dim**-0.5, segment) for x in (content, distance))
+    relative = F.pad(relative.flip(0), (0, 0, 0, 0, 0, 1)).permute(1, 2, 0) * dim**-0.5
+    content, distance = (in_segments(x, segment) for x in (content, distance))
     pairs = [memory.blocks(length // segment) for memory in before]
     keys, values = zip(*pairs, tuple(in_segments(x, segment) for x in own), strict=True)
     count = max(1, ROOM // max(1, rows * heads * min(segment, QUERIES) * span))
@@ -168,13 +168,14 @@ def attend(content, distance, key, value, relative, hidden: Callable, dropout: f
     by_distance = by_distance.view(many[0], -1, queries * (keys + 1))[..., queries - 1 : -1]
     scores = by_distance.unflatten(-1, (queries, keys))
     if scores.requires_grad or dropout:
-        scores = torch.baddbmm(scores.flatten(0, 1), content.flatten(0, 2), key.flatten(0, 1).transpose(-1, -2))
+        tokens = content.flatten(0, 2), key.flatten(0, 1).transpose(-1, -2)
+        scores = torch.baddbmm(scores.flatten(0, 1), *tokens, alpha=dim**-0.5)
         with torch.no_grad():  # the gradient of what is hidden is zero already
             hidden(scores.view(*many, queries, keys))
         weights = F.dropout(wide_softmax(scores).to(value.dtype), dropout, dropout > 0)
         return (weights @ value.flatten(0, 1)).view(*many, queries, dim)
     hidden(scores.unflatten(1, many[1:]))
-    output = F.scaled_dot_product_attention(content.flatten(1, 2), key, value, attn_mask=scores, scale=1.0)
+    output = F.scaled_dot_product_attention(content.flatten(1, 2), key, value, attn_mask=scores)
     return output.unflatten(1, many[1:])
 
 
@@ -182,9 +183,10 @@ def hide(scores: torch.Tensor, window: Window, before: list[Memory], start: int,
     """Overwrite the scores [heads, rows, segments, queries, keys] of what is not visible. `start`: the number of the
     first segment; `begin`: the first query in a segment; `least`: how many of the first keys were left out."""
     *_, segments, queries, keys = scores.shape
-    lowest, ones = torch.finfo(scores.dtype).min, scores.new_ones(queries, queries, dtype=torch.bool)
-    scores[..., keys - queries :].masked_fill_(ones.triu(1), lowest)
+    lowest = torch.finfo(scores.dtype).min
+    scores[..., keys - queries :] += scores.new_full((queries, queries), -torch.inf).triu_(1)
     if window.same_length and least < begin + queries:
+        ones = scores.new_ones(queries, queries, dtype=torch.bool)
         scores[..., :queries].masked_fill_(ones.tril(begin - least - 1), lowest)
     column = 0
     for memory in before:
