@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_arch import find
 from hf_arch.bench.worker.serve import ON_CPU
 from hf_arch.convert import convert
+from promises import Case
 
 GOLDEN = Path(__file__).parent / "goldens" / "transformer_xl_original.safetensors"
 MODELS = ("segments", "same_length", "pre_norm", "adaptive", "adaptive_even", "projected")
@@ -203,3 +204,16 @@ def test_steps_slide_through_a_room_and_can_go_back(tokens):
     logits = [model(other[:, n : n + 1], past_key_values=cache).logits for n in range(6)]
     whole = model(torch.cat((tokens[:, :64], other), dim=1)).logits[:, 64:]
     torch.testing.assert_close(torch.cat(logits, dim=1), whole, atol=1e-8, rtol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["transformer_xl", "reformer", "sparse_transformer"])
+def test_steps_go_on_outside_of_inference_mode(name, tokens):
+    fields = {"layer_types": ["retrieval_attention"] * 2, "retrieval_block_size": 4} if "sparse" in name else {}
+    model, cache = Case(find(name), "ForCausalLM").build(**fields), None
+    whole, logits = model(tokens).logits, []
+    for n, mode in enumerate([torch.inference_mode, torch.no_grad, torch.enable_grad, torch.no_grad] * 4):
+        with mode():
+            step = model(tokens[:, n : n + 1], past_key_values=cache, use_cache=True)
+        cache = step.past_key_values
+        logits.append(step.logits.detach())
+    torch.testing.assert_close(torch.cat(logits, dim=1), whole[:, :16], atol=1e-8, rtol=1e-8)

@@ -57,7 +57,7 @@ class RecurrentCacheLayer(CacheLayerMixin):
         """What the state `name` [batch, held, ...] holds, and `after` [batch, new, ...] behind it. They are put into a
         room with space for more, in which the state of the next call begins later: only now and then is it copied."""
         held, new = self.states[name], after.shape[1]
-        if after.requires_grad or held.requires_grad or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self.writable(held, appended=True):
             return torch.cat((held.to(after.dtype), after), dim=1)
         room, size = self.rooms.get(name), held.shape[1]
         end = None if room is None else place_in(room, held) + size
