@@ -59,6 +59,7 @@ def recurrent_bucketed_attention(
     place = torch.arange(2 * block, device=query.device)
     row, head, turn = (torch.arange(n, device=query.device) for n in store.shape[:3])
     row, head = row[:, None, None], head[:, None]
+    line = (row * len(head) + head) * len(turn) + turn
     tokens, outputs = torch.cat((key, value), dim=-1).to(store.dtype), []
     for t in range(query.shape[1]):
         if documents is not None and (is_tracing(starts) or starts[:, t].any()):
@@ -68,14 +69,16 @@ def recurrent_bucketed_attention(
         bucket = buckets[:, t, :, :, None]
         rank = count.gather(-1, bucket)
         age = (rank - place) % (2 * block)  # of what is in each place of the bucket, 0 for the token itself
-        where, token, counted = (row, head, turn, bucket[..., 0]), tokens[:, t, :, None], rank * 0 + 1
-        own = *where, rank[..., 0] % (2 * block)
+        token, counted = tokens[:, t, :, None], rank * 0 + 1
+        own = row, head, turn, bucket[..., 0], rank[..., 0] % (2 * block)
         if documents is not None:
             token = torch.where(real[:, t, None, None, None], token, store[own])
             counted = counted * real[:, t, None, None, None]
         store.index_put_(own, token.expand(*store.shape[:3], -1))
         count = count.scatter_add(-1, bucket, counted)
-        keys, values = store[where].split((key.shape[-1], value.shape[-1]), dim=-1)
+        numbers = bucket[..., 0] + num_buckets * line
+        held = store.flatten(0, 3).index_select(0, numbers.flatten()).unflatten(0, numbers.shape)
+        keys, values = held.split((key.shape[-1], value.shape[-1]), dim=-1)
         scores = (keys @ query[:, t, :, None, :, None].to(keys.dtype)).squeeze(-1)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         scores = scores.masked_fill(age > reach_of(rank, block), HIDDEN)
