@@ -59,16 +59,14 @@ class RetrievalAttention(Attention):
         place = torch.arange(query.shape[2], device=query.device)[None]
         if memory is not None:
             self.begin(memory, *hidden_states.shape[:2], key, value, found)
+        weights = None
         if weights_asked(self.config, output_attentions):
             told = {"scale": self.scaling, "choose": self.choose}
             weights = dense_weights_by_retrieval(query, key, place, self.rule, **told)
             output = weights @ value.repeat_interleave(self.num_key_value_groups, dim=1)
             weights = weights if found is None else of_columns(weights, found, *hidden_states.shape[:2])
         else:
-            output, weights = (
-                retrieved_attention(query, text_of(key, value, self.rule.block), place, **self.told()),
-                None,
-            )
+            output = retrieved_attention(query, text_of(key, value, self.rule.block), place, **self.told())
         output = output.transpose(1, 2)
         return self.answer(output if found is None else found.repack(output, *hidden_states.shape[:2]), weights)
 
