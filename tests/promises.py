@@ -16,8 +16,8 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from hf_arch import ARCHITECTURES, Architecture
 from hf_arch.modeling.layers.centroids import Centroids
-from hf_arch.modeling.layers.experts import TopKRouter
 from hf_arch.modeling.layers.retrieval_attention import RetrievalAttention
+from hf_arch.modeling.layers.routers import TopKRouter
 from hf_arch.modeling.long_context.reformer.modeling_reformer import LSHAttention
 
 VARIANTS = {
