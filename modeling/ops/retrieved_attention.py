@@ -124,9 +124,8 @@ def step_of_retrieval(
     columns = torch.cat((near_and_first.clamp(min=0)[:, None].expand(-1, heads, -1), among), dim=-1)
     columns = columns.clamp(max=text.key.shape[2] - 1)
     mask = torch.cat((shown[:, None].expand(-1, heads, -1), seen), dim=-1)[:, :, None]
-    row = torch.arange(rows, device=place.device)[:, None, None]
-    head = torch.arange(heads, device=place.device)[:, None] // groups
-    key, value = (x[row, head, columns].to(query.dtype) for x in text[:2])
+    columns = columns + lines_of(text.key).repeat_interleave(groups, dim=1)[..., None] * text.key.shape[2]
+    key, value = (rows_at(x.flatten(0, 2), columns).to(query.dtype) for x in text[:2])
     return F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout, scale=scale)
 
 
