@@ -63,9 +63,8 @@ def recurrent_bucketed_attention(
     tokens, outputs = torch.cat((key, value), dim=-1).to(store.dtype), []
     for t in range(query.shape[1]):
         if documents is not None and (is_tracing(starts) or starts[:, t].any()):
-            fresh = starts[:, t]
-            count = count.masked_fill(fresh.view(-1, 1, 1, 1), 0)
-            store.masked_fill_(fresh.view(-1, *(1,) * (store.ndim - 1)), 0)
+            count = count.masked_fill(starts[:, t].view(-1, 1, 1, 1), 0)
+            store.masked_fill_(starts[:, t].view(-1, 1, 1, 1, 1, 1), 0)
         bucket = buckets[:, t, :, :, None]
         rank = count.gather(-1, bucket)
         age = (rank - place) % (2 * block)  # of what is in each place of the bucket, 0 for the token itself
@@ -78,15 +77,20 @@ def recurrent_bucketed_attention(
         count = count.scatter_add(-1, bucket, counted)
         numbers = bucket[..., 0] + num_buckets * line
         held = store.flatten(0, 3).index_select(0, numbers.flatten()).unflatten(0, numbers.shape)
-        keys, values = held.split((key.shape[-1], value.shape[-1]), dim=-1)
-        scores = (keys @ query[:, t, :, None, :, None].to(keys.dtype)).squeeze(-1)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        scores = scores.masked_fill(age > reach_of(rank, block), HIDDEN)
-        if not sees_itself:
-            scores = scores + ITSELF * (age == 0)
-        weights = F.dropout(scores.flatten(2).softmax(-1), dropout).view(scores.shape).to(values.dtype)
-        outputs.append((weights[..., None, :] @ values).sum(2).squeeze(2))
+        hidden, itself = age > reach_of(rank, block), None if sees_itself else age == 0
+        outputs.append(attend_to_bucket(query[:, t], held, hidden, itself, dropout))
     return torch.stack(outputs, dim=1).to(value.dtype), (store, count) if output_final_state else None
+
+
+def attend_to_bucket(query, held, hidden, itself: torch.Tensor | None, dropout: float) -> torch.Tensor:
+    """What queries [batch, heads, dim] answer, [batch, heads, value_dim], to what is `held` in their buckets."""
+    keys, values = held.tensor_split((query.shape[-1],), dim=-1)
+    scores = (keys @ query[:, :, None, :, None].to(keys.dtype)).squeeze(-1)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(hidden, HIDDEN)
+    if itself is not None:
+        scores = scores + ITSELF * itself
+    weights = F.dropout(scores.flatten(2).softmax(-1), dropout).view(scores.shape).to(values.dtype)
+    return (weights[..., None, :] @ values).sum(2).squeeze(2)
 
 
 def empty_state(key, value, buckets, num_buckets: int, block: int) -> State:
