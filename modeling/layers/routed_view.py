@@ -36,7 +36,7 @@ def wide(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-class ChosenKeys:
+class RoutedKeys:
     """What attention takes for the cache: `update` puts the keys and values of chosen tokens into the layer's memory,
     and answers with those that they see, the first `shown` of each row."""
 
@@ -50,7 +50,7 @@ class ChosenKeys:
         return tuple(store[:, :, : self.shown].to(key.dtype) for store in stores)
 
 
-class FirstKeys(ChosenKeys):
+class FirstRoutedKeys(RoutedKeys):
     """The same of a memory that is empty: tokens see each other. Of packed documents the last one is kept."""
 
     def update(self, key, value, *args):
@@ -158,13 +158,13 @@ class RoutedView(View):
             if last is not None:
                 row, place, count = row[last], place[last], count[last]
             count = count.new_zeros(rows.batch).index_put((row,), count)
-            return {"past_key_values": FirstKeys(memory, row, place, count, last)}
+            return {"past_key_values": FirstRoutedKeys(memory, row, place, count, last)}
         place = before[rows.batch_row, None] + place
         count = before.index_add(0, rows.batch_row, rows.counts)
         shown = int(count[rows.batch_row].max())
         mask = None if place.numel() == 1 else self.mask(place + 1, shown, tokens)
         place = torch.where(real, place, -1)
-        return {"attention_mask": mask, "past_key_values": ChosenKeys(memory, rows.batch_row, place, count, shown)}
+        return {"attention_mask": mask, "past_key_values": RoutedKeys(memory, rows.batch_row, place, count, shown)}
 
     def mask(self, seen: torch.Tensor, keys: int, like: torch.Tensor) -> torch.Tensor:
         """[rows, 1, tokens, keys] where a token sees the first `seen` [rows, tokens] keys, for the kernel in use."""
@@ -188,7 +188,7 @@ class RoutedView(View):
             before = memory.read("memory_count")
             seen = chosen.cumsum(1) if before is None else before[:, None] + chosen.cumsum(1)
             row = torch.arange(batch, device=chosen.device)
-            keys = ChosenKeys(memory, row, torch.where(chosen, seen - 1, -1), seen[:, -1], None)
+            keys = RoutedKeys(memory, row, torch.where(chosen, seen - 1, -1), seen[:, -1], None)
             mask = self.mask(seen.clamp(min=1), memory.max_cache_len + 1, stream)
         told = {"attention_mask": mask, "past_key_values": keys, "documents": documents}
         answer = inside(stream, **context | told)
