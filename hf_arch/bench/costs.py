@@ -15,7 +15,7 @@ from hf_arch.modeling.hierarchical.hat.modeling_hat import ArchHatModel
 from hf_arch.modeling.layers.attention import Attention
 from hf_arch.modeling.layers.feed_forward import MLP
 from hf_arch.modeling.layers.mixer import Mixer
-from hf_arch.modeling.layers.sparse import SparseFeedForward
+from hf_arch.modeling.layers.sparse import MixtureOfExperts
 from hf_arch.modeling.skeleton.backbone import Backbone
 
 CHUNK = 64  # tokens that a linear recurrence takes at once: fewer do not fill a matrix product, more are more work
@@ -92,7 +92,7 @@ def feed_forward(module: MLP, span: Span) -> Cost:
 
 
 @cost.register
-def experts(module: SparseFeedForward, span: Span) -> Cost:
+def experts(module: MixtureOfExperts, span: Span) -> Cost:
     """Each token's own experts; of their weights, as many as so few tokens can ask for."""
     made, router = module.experts, module.router
     chosen = router.top_k * span.tokens
