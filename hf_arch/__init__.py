@@ -10,6 +10,7 @@ from hf_arch.export import export, push_to_hub
 from hf_arch.groups import parameter_groups
 from hf_arch.lora import lora_config, register_targets
 from hf_arch.states import fork, load_state, save_state
+from hf_arch.upcycle import upcycle
 
 register()
 register_targets()
@@ -50,5 +51,6 @@ __all__ = [
     "push_to_hub",
     "register_attention",
     "save_state",
+    "upcycle",
     "window_cache",
 ]
