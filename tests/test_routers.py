@@ -8,8 +8,10 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import get_peft_model
 from torch.nn.functional import normalize
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 import hf_arch
+from hf_arch.bench import costs
 from hf_arch.modeling.layers.sparse import SPARSE_FEED_FORWARDS
 from promises import EXACT, Case, held_choices, some_tokens
 
@@ -289,3 +291,12 @@ def test_capacity_counts_the_experts_of_all_processes():
     held.experts.num_experts = 3
     held(x)
     assert torch.equal(seen[0], seen[1]) and (seen[0] == 6).any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", SPARSE_FEED_FORWARDS)
+def test_the_bench_counts_what_is_computed(kind):
+    held, x = part(kind, slots_per_expert=2, expert_token_share=0.3), some_states()[:1]
+    with FlopCounterMode(display=False) as counter:
+        held(x)
+    assert costs.cost(held, costs.Span(23)).operations == counter.get_total_flops()
