@@ -103,7 +103,7 @@ class ExpertChoiceFeedForward(MixtureOfExperts):
         self.choices(chosen)
         # Expert by expert
         token, index, weight = (each.T.flatten() for each in (token, experts.expand_as(token), weight))
-        answers = self.experts(tokens[token], index[:, None], weight[:, None])
+        answers = self.experts(tokens.index_select(0, token), index[:, None], weight[:, None])
         return torch.zeros_like(tokens).index_add(0, token, answers).view_as(hidden_states)
 
 
