@@ -101,20 +101,20 @@ def sorted_experts_forward(
     # One expert at least, though none be chosen: its weights then get a gradient, of zeros
     busy = [expert for expert, count in enumerate(counts) if count] or [0]
     sizes, order = [counts[expert] for expert in busy], choices.argsort()[: sum(counts)]
-    parts = (order // index.shape[1]).split(sizes)
+    token = order // index.shape[1]
     # The backward of one gather is one pass over the tokens; without it a part is gathered when it is needed, and stays
     # in the cache of the processor
-    given = tokens.index_select(0, torch.cat(parts)).split(sizes) if learning else None
+    given = tokens.index_select(0, token).split(sizes) if learning else None
     shares = weight.flatten().index_select(0, order)[:, None].split(sizes)
     weights = tuple(zip(self.first_proj.unbind(), self.down_proj.unbind(), strict=True))
     output = torch.zeros_like(tokens)
-    for place, (expert, token, share) in enumerate(zip(busy, parts, shares, strict=True)):
+    for place, (expert, part, share) in enumerate(zip(busy, token.split(sizes), shares, strict=True)):
         first_proj, down_proj = weights[expert]
-        inner = self._apply_gate(F.linear(given[place] if learning else tokens.index_select(0, token), first_proj))
+        inner = self._apply_gate(F.linear(given[place] if learning else tokens.index_select(0, part), first_proj))
         answer = F.linear(inner, down_proj)
         share = share.to(answer.dtype)
         answer = answer * share if learning else answer.mul_(share)  # memory traffic is what can be saved here
-        output = output.index_add_(0, token, answer.to(output.dtype))
+        output = output.index_add_(0, part, answer.to(output.dtype))
     return output
 
 
