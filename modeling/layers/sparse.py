@@ -96,15 +96,19 @@ class ExpertChoiceFeedForward(MixtureOfExperts):
         tokens = hidden_states.flatten(0, -2)
         token, weight = self.router(hidden_states, documents)
         experts = torch.arange(self.num_experts, device=token.device)
-        chosen = token.new_full((len(tokens), self.num_experts), self.num_experts)
-        chosen = chosen.scatter(0, token, experts.expand_as(token))
-        if documents is not None:
-            chosen = chosen.masked_fill(documents.flatten()[:, None] == 0, -1)
-        self.choices(chosen)
+        self.record(token, documents, len(tokens))
         # Expert by expert
         token, index, weight = (each.T.flatten() for each in (token, experts.expand_as(token), weight))
         answers = self.experts(tokens.index_select(0, token), index[:, None], weight[:, None])
         return torch.zeros_like(tokens).index_add(0, token, answers).view_as(hidden_states)
+
+    def record(self, token: torch.Tensor, documents: torch.Tensor | None, tokens: int) -> None:
+        """Of each token the first expert that took it, then the others."""
+        experts = torch.arange(self.num_experts, device=token.device)
+        taken = torch.zeros(tokens, self.num_experts, dtype=torch.bool, device=token.device).scatter(0, token, True)
+        first = torch.where(taken.any(-1), taken.long().argmax(-1), self.num_experts)[:, None]
+        chosen = torch.cat((first, torch.where(taken & (experts != first), experts, -1)), dim=-1)
+        self.choices(chosen if documents is None else chosen.masked_fill(documents.flatten()[:, None] == 0, -1))
 
 
 class SoftFeedForward(MixtureOfExperts):
