@@ -67,8 +67,9 @@ def upcycle(
         first = torch.cat([state.pop(f"{part}{name}.weight") for name in parts])
         last = state.pop(f"{part}down_proj.weight") * larger
         for name, weight in ((made.experts_class.first_name, first), ("down_proj", last)):
-            copied = weight.repeat(experts, 1, 1)
-            copies[f"{part}experts.{name}"] = copied + noise * weight.std() * torch.randn_like(copied)
+            copies[f"{part}experts.{name}"] = copied = weight.repeat(experts, 1, 1)
+            if noise:
+                copied.add_(noise * weight.std() * torch.randn_like(copied))
     state = {name: tensor.clone() for name, tensor in state.items()} | copies
     return filled(model, config, state, NEARLY_EVEN if larger != 1 else 1.0)
 

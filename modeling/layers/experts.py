@@ -106,12 +106,13 @@ def sorted_experts_forward(
     # in the cache of the processor
     given = tokens.index_select(0, token).split(sizes) if learning else None
     shares = weight.flatten().index_select(0, order)[:, None].split(sizes)
-    weights = tuple(zip(self.first_proj.unbind(), self.down_proj.unbind(), strict=True))
+    first_projs, down_projs = self.first_proj, self.down_proj
+    if learning:  # one backward for all experts; without one only those that are chosen are looked at
+        first_projs, down_projs = first_projs.unbind(), down_projs.unbind()
     output = torch.zeros_like(tokens)
     for place, (expert, part, share) in enumerate(zip(busy, token.split(sizes), shares, strict=True)):
-        first_proj, down_proj = weights[expert]
-        inner = self._apply_gate(F.linear(given[place] if learning else tokens.index_select(0, part), first_proj))
-        answer = F.linear(inner, down_proj)
+        rows = given[place] if learning else tokens.index_select(0, part)
+        answer = F.linear(self._apply_gate(F.linear(rows, first_projs[expert])), down_projs[expert])
         share = share.to(answer.dtype)
         answer = answer * share if learning else answer.mul_(share)  # memory traffic is what can be saved here
         output = output.index_add_(0, part, answer.to(output.dtype))

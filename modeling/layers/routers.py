@@ -27,8 +27,8 @@ class Router(nn.Module):
         """[tokens, size] -> [tokens, experts], of which softmax makes the probability that an expert is right."""
         return self.gate(tokens)
 
-    def probabilities(self, tokens: torch.Tensor) -> torch.Tensor:
-        logits = self.logits(self.score(tokens))
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """Of being right, of each expert, in float32; both [tokens, experts]."""
         return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -53,12 +53,16 @@ class TopKRouter(Router):
         """[tokens, experts] -> [tokens, choices]"""
         return scores.topk(self.top_k, dim=-1).indices
 
+    def taken(self, logits: torch.Tensor) -> torch.Tensor:
+        """What is chosen by logits; [tokens, experts] -> [tokens, choices]."""
+        return self.choose(self.probabilities(logits))
+
     def weigh(self, chosen: torch.Tensor) -> torch.Tensor:
         """The probabilities of what was chosen -> what the answers count; both [tokens, choices]."""
         return chosen / chosen.sum(-1, keepdim=True)
 
     def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = self.probabilities(tokens)
+        scores = self.probabilities(self.logits(self.score(tokens)))
         index = self.choose(scores)
         return index, self.weigh(scores.gather(-1, index)).to(tokens.dtype)
 
@@ -120,7 +124,7 @@ class HierarchicalRouter(TopKRouter):
         return (group * size + within).flatten(-2)
 
     def forward(self, tokens):
-        scores = self.probabilities(tokens)
+        scores = self.probabilities(self.logits(self.score(tokens)))
         index = self.choose(scores)
         group = index.unflatten(-1, (self.top_groups, -1))[..., 0] // (scores.shape[-1] // self.groups)
         of_group = scores.unflatten(-1, (self.groups, -1)).sum(-1).gather(-1, group)
@@ -156,7 +160,7 @@ class ExpertChoiceRouter(Router):
         return text.token[best[text.place < room[text.row]]]
 
     def forward(self, hidden_states: torch.Tensor, documents: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = self.probabilities(hidden_states.flatten(0, -2))
+        scores = self.probabilities(self.logits(self.score(hidden_states.flatten(0, -2))))
         token = self.choose(scores.view(*hidden_states.shape[:2], -1), documents)
         return token, scores.gather(0, token).to(hidden_states.dtype)
 

@@ -210,7 +210,7 @@ class Backbone(ArchPreTrainedModel):
         types = zip(self.calls, config.feed_forward_types, strict=True)
         parts = [self.layers[group].feed_forward for (group, _), kind in types if self.records_routes(kind)]
         told = zip(parts, router_logits, real, strict=True)
-        told = [(logits, part.router.choose, there) for part, logits, there in told if part.tokens_choose]
+        told = [(logits, part.router.taken, there) for part, logits, there in told if part.tokens_choose]
         balance = load_balancing(*zip(*told, strict=True)) if told else router_logits[0].new_zeros(())
         added = config.router_aux_loss_coef * balance
         if config.router_z_loss_coef:
