@@ -48,23 +48,13 @@ def upcycle(
     if not isinstance(model.config, ArchConfig):
         model = from_original(model)
     made = check_kind(model.config, kind)
-    dense, parts = COPIED[made.experts_class]
-    fields |= {"num_local_experts": experts, "num_experts_per_tok": experts_per_token}
-    layers = None if layers is None else list(layers)
-    replaced = []
-    for name, stack in stacks(model).items():
-        types, chosen = list(stack.config.feed_forward_types), check_layers(stack, layers, kind, dense)
-        for layer in chosen:
-            types[layer] = kind
-            replaced.append(f"{name}layers.{stack.config.layer_groups[layer]}.feed_forward.")
-        fields[types_of(name, model.config)] = types
-    check_found(replaced, layers, stacks(model), kind, dense)
-
+    types, replaced = layers_of(model, None if layers is None else list(layers), kind)
+    fields |= types | {"num_local_experts": experts, "num_experts_per_tok": experts_per_token}
     config = type(model.config).from_dict(model.config.to_dict() | fields)
     state, copies = dict(model.state_dict()), {}
     larger = 1.0 if made.router_class.sums_to_one else experts / experts_per_token
-    for part in dict.fromkeys(replaced):
-        first = torch.cat([state.pop(f"{part}{name}.weight") for name in parts])
+    for part in replaced:
+        first = torch.cat([state.pop(f"{part}{name}.weight") for name in COPIED[made.experts_class][1]])
         last = state.pop(f"{part}down_proj.weight") * larger
         for name, weight in ((made.experts_class.first_name, first), ("down_proj", last)):
             copies[f"{part}experts.{name}"] = copied = weight.repeat(experts, 1, 1)
@@ -88,18 +78,6 @@ def filled(model: PreTrainedModel, config: ArchConfig, state: dict[str, torch.Te
     return sparse.to(model.device).train(model.training)
 
 
-def stacks(model: PreTrainedModel) -> dict[str, Backbone]:
-    """The stacks of layers, by what the names of their parameters begin with."""
-    found = ((name, module) for name, module in model.named_modules() if isinstance(module, Backbone))
-    return {f"{name}." if name else "": stack for name, stack in found}
-
-
-def types_of(stack: str, config: ArchConfig) -> str:
-    """The field that tells the feed-forwards of a stack."""
-    own = f"{stack.rstrip('.').rpartition('.')[2]}_feed_forward_types"
-    return own if hasattr(config, own) else "feed_forward_types"
-
-
 def check_kind(config: ArchConfig, kind: str) -> type[MixtureOfExperts]:
     if config.has_experts:
         raise ValueError("The model has experts already: upcycle a dense one.")
@@ -115,6 +93,33 @@ def check_kind(config: ArchConfig, kind: str) -> type[MixtureOfExperts]:
     return SPARSE_FEED_FORWARDS[kind]
 
 
+def layers_of(model: PreTrainedModel, layers: list[int] | None, kind: str) -> tuple[dict[str, list[str]], list[str]]:
+    """The new types of feed-forwards, by the field that tells them of a stack, and what the names of the parameters of
+    those that are replaced begin with."""
+    dense, _ = COPIED[SPARSE_FEED_FORWARDS[kind].experts_class]
+    types, replaced = {}, []
+    stacks = {name: module for name, module in model.named_modules() if isinstance(module, Backbone)}
+    depth = max(stack.config.num_hidden_layers for stack in stacks.values())
+    if wrong := [layer for layer in layers or () if not 0 <= layer < depth]:
+        raise ValueError(f"layers names {wrong[0]}, but there are 0 to {depth - 1}.")
+    for name, stack in stacks.items():
+        own = f"{name.rpartition('.')[2]}_feed_forward_types"
+        field = own if hasattr(model.config, own) else "feed_forward_types"
+        if field in types:
+            raise ValueError(f"A {type(model).__name__} is made of several stacks, which no field of its config names.")
+        types[field] = list(stack.config.feed_forward_types)
+        for layer in check_layers(stack, layers, kind, dense):
+            types[field][layer] = kind
+            replaced.append(f"{name}{'.' if name else ''}layers.{stack.config.layer_groups[layer]}.feed_forward.")
+    if not replaced:
+        found = sorted({each for given in types.values() for each in given})
+        raise ValueError(
+            f"No layer can become {kind!r}, which is made of a {dense.__name__}: feed-forwards are of type "
+            f"{', '.join(found)}. Dense ones become 'switch', gated ones 'sparse' or 'hierarchical'."
+        )
+    return types, list(dict.fromkeys(replaced))
+
+
 def check_layers(stack: Backbone, layers: list[int] | None, kind: str, dense: type[nn.Module]) -> list[int]:
     """Those of `layers` that the stack has, by default those that can become sparse."""
     parts = [getattr(stack.layers[group], "feed_forward", None) for group in stack.config.layer_groups]
@@ -124,15 +129,3 @@ def check_layers(stack: Backbone, layers: list[int] | None, kind: str, dense: ty
         found = stack.config.feed_forward_types[wrong[0]]
         raise ValueError(f"Layer {wrong[0]} has a feed-forward of type {found}, which cannot become {kind!r}.")
     return chosen
-
-
-def check_found(replaced: list[str], layers: list[int] | None, found: dict, kind: str, dense: type[nn.Module]) -> None:
-    depth = max(stack.config.num_hidden_layers for stack in found.values())
-    if wrong := [layer for layer in layers or () if not 0 <= layer < depth]:
-        raise ValueError(f"layers names {wrong[0]}, but there are 0 to {depth - 1}.")
-    if not replaced:
-        types = {kind for stack in found.values() for kind in stack.config.feed_forward_types}
-        raise ValueError(
-            f"No layer can become {kind!r}, which is made of a {dense.__name__}: feed-forwards are of type "
-            f"{', '.join(sorted(types))}. Dense ones become 'switch', gated ones 'sparse' or 'hierarchical'."
-        )

@@ -270,16 +270,11 @@ def test_contradictory_fields_fail_at_construction(fields, message):
 @torch.no_grad()
 def test_one_expert_that_takes_all_is_the_dense_feed_forward():
     fields = {"num_local_experts": 1, "num_experts_per_tok": 1, "feed_forward_types": ["expert_choice"] * 2}
-    model, dense = ENCODER.build(**fields), ENCODER.build()
-    weights = model.state_dict()
-    for layer in range(2):
-        name = f"model.layers.{layer}.feed_forward."
-        gate, up = weights.pop(f"{name}experts.gate_up_proj")[0].chunk(2)
-        weights |= {f"{name}gate_proj.weight": gate, f"{name}up_proj.weight": up}
-        weights[f"{name}down_proj.weight"] = weights.pop(f"{name}experts.down_proj")[0]
-        del weights[f"{name}router.gate.weight"]
-    dense.load_state_dict(weights)
-    assert_close(model(some_tokens()).logits, dense(some_tokens()).logits, **EXACT)
+    dense = ENCODER.build()
+    model = hf_arch.upcycle(dense, experts=1, experts_per_token=1)
+    chosen = ENCODER.build(**fields)
+    chosen.load_state_dict(model.state_dict())
+    assert_close(chosen(some_tokens()).logits, dense(some_tokens()).logits, **EXACT)
 
 
 @torch.no_grad()
