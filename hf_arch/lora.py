@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_arch.architecture import Architecture
 from hf_arch.catalogue import ARCHITECTURES, find
 
-ROUTER = "gate"  # of sparse feed-forwards, which any architecture may have
+ROUTERS = ("gate", "group_gate")  # of sparse feed-forwards, which any architecture may have
 TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
@@ -33,7 +33,7 @@ def register_targets() -> None:
 
 def targets(row: Architecture) -> list[str]:
     """The modules that adapters reach by default: those of the row, and routers."""
-    return [*row.lora_targets, ROUTER]
+    return [*row.lora_targets, *ROUTERS]
 
 
 def lora_config(model_or_config: PreTrainedModel | PreTrainedConfig, **overrides) -> LoraConfig:

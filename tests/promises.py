@@ -19,7 +19,7 @@ from hf_arch.modeling.layers.centroids import Centroids
 from hf_arch.modeling.layers.early_exit import EarlyExitView
 from hf_arch.modeling.layers.retrieval_attention import RetrievalAttention
 from hf_arch.modeling.layers.routed_view import RoutedView
-from hf_arch.modeling.layers.routers import TopKRouter
+from hf_arch.modeling.layers.routers import ExpertChoiceRouter, HierarchicalRouter, TopKRouter
 from hf_arch.modeling.long_context.reformer.modeling_reformer import LSHAttention
 
 VARIANTS = {
@@ -44,7 +44,9 @@ VARIANTS = {
         "relu": {"kernel_type": "relu", "position_type": "learned", "num_key_value_heads": None}
         | {"norm_type": "layer_norm", "attention_bias": True},
     },
-    "retnet": {"sparse": {"feed_forward_types": ["sparse"] * 2, "num_local_experts": 4, "num_experts_per_tok": 1}},
+    "retnet": {
+        "hierarchical": {"feed_forward_types": ["hierarchical"] * 2, "num_local_experts": 4, "num_expert_groups": 2}
+    },
     "hybrid": {
         "jamba": {"layer_types": ["ssd", "full_attention"], "feed_forward_types": ["gated", "sparse"]}
         | {"position_type": "none", "num_local_experts": 4, "mixer_options": {"ssd": {"state_size": 8}}},
@@ -301,14 +303,20 @@ ENCODERS += [
     for case in ENCODERS
     if case.row.name == "bigbird" and not case.variant
 ]  # which a decoder cannot be
+ENCODERS += [
+    Case(ENCODERS[0].row, "ForMaskedLM", kind, {"feed_forward_types": ["gated", kind], "num_local_experts": 4})
+    for kind in ("expert_choice", "soft")
+]
 
 
 @contextlib.contextmanager
 def held_choices():
     """Each router chooses the experts, each hash the buckets, and each head the clusters, that it chose first for as
     many tokens: a choice that a rounding error turns says nothing of precision."""
-    held, choices = {}, ((TopKRouter, "choose"), (LSHAttention, "choose"), (Centroids, "nearest"))
-    choices += ((RetrievalAttention, "choose"), (RoutedView, "decide"), (EarlyExitView, "decide"))
+    held = {}
+    kinds = TopKRouter, HierarchicalRouter, ExpertChoiceRouter, LSHAttention, RetrievalAttention
+    choices = *((kind, "choose") for kind in kinds), (Centroids, "nearest")
+    choices += ((RoutedView, "decide"), (EarlyExitView, "decide"))
 
     def first(choose):
         return lambda self, scores, *of: held.setdefault((self, scores.shape[:-1]), choose(self, scores, *of))

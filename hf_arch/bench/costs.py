@@ -16,7 +16,8 @@ from hf_arch.modeling.layers.attention import Attention
 from hf_arch.modeling.layers.feed_forward import MLP
 from hf_arch.modeling.layers.mixer import Mixer
 from hf_arch.modeling.layers.routed_view import RoutedView
-from hf_arch.modeling.layers.sparse import SparseFeedForward
+from hf_arch.modeling.layers.routers import SoftRouter
+from hf_arch.modeling.layers.sparse import MixtureOfExperts
 from hf_arch.modeling.skeleton.backbone import Backbone, Layer
 
 CHUNK = 64  # tokens that a linear recurrence takes at once: fewer do not fill a matrix product, more are more work
@@ -102,16 +103,25 @@ def feed_forward(module: MLP, span: Span) -> Cost:
 
 
 @cost.register
-def experts(module: SparseFeedForward, span: Span) -> Cost:
-    """Each token's own experts; of their weights, as many as so few tokens can ask for."""
-    made, router = module.experts, module.router
-    chosen = router.top_k * span.tokens
+def experts(module: MixtureOfExperts, span: Span) -> Cost:
+    """Of weights, those of as many experts as so few tokens can ask for."""
+    made, computed = module.experts, module.evaluations(span.tokens)
     of_one = made.first_proj[0].numel() + made.down_proj[0].numel()
     smooth = 0 if isinstance(made.act_fn, nn.ReLU) else made.down_proj.shape[-1]
-    return cost(router, span) + Cost(
-        operations=2 * of_one * chosen,
-        exponentials=smooth * chosen,
-        numbers=of_one * min(chosen, made.num_experts),
+    return cost(module.router, span) + Cost(
+        operations=2 * of_one * computed,
+        exponentials=smooth * computed,
+        numbers=of_one * min(computed, made.num_experts),
+    )
+
+
+@cost.register
+def soft_routes(module: SoftRouter, span: Span) -> Cost:
+    """Likenesses of tokens and slots, and the means that both are given of each other."""
+    return Cost(
+        operations=3 * 2 * module.phi.numel() * span.tokens,
+        exponentials=2 * len(module.phi) * span.tokens,
+        numbers=module.phi.numel(),
     )
 
 

@@ -54,6 +54,10 @@ class ArchEncoderDecoderConfig(ArchTransformerConfig):
             self.encoder_feed_forward_types = [pattern[i % len(pattern)] for i in range(depth)]
         self.base_model_tp_plan, self.base_model_fsdp_plan = {}, {}  # the stacks have their own
 
+    @property
+    def feed_forwards_in_use(self) -> set[str]:
+        return {*self.feed_forward_types, *(self.encoder_feed_forward_types or ())}
+
     def stack(self, name: str) -> "ArchEncoderDecoderConfig":
         """The config of one stack, `"encoder"` or `"decoder"`, as of a Transformer by itself."""
         encoder, decoder = self.encoder_num_hidden_layers, self.num_hidden_layers
