@@ -32,6 +32,9 @@ FULL_ATTENTION = {
     "bounded step": "And so does a step.",
     "linear cost": "Full attention compares all pairs of tokens.",
 }
+ENCODER_ALONE = {
+    head: {"is_encoder_decoder": False} for head in ENCODER_DECODER if head not in ("Model", "ForConditionalGeneration")
+}
 SETS_OF_HEADS = {"decoder": DECODER, "encoder-decoder": ENCODER_DECODER}
 
 TINY = {
@@ -99,11 +102,7 @@ ARCHITECTURES = (
         paper="arXiv:1910.10683",
         heads=ENCODER_DECODER,
         tiny={"attention_scaling": 1.0},
-        head_fields={
-            head: {"is_encoder_decoder": False}
-            for head in ENCODER_DECODER
-            if head not in ("Model", "ForConditionalGeneration")
-        },
+        head_fields=ENCODER_ALONE,
         exceptions=FULL_ATTENTION,
     ),
     Architecture(
@@ -315,6 +314,17 @@ ARCHITECTURES = (
         title="Mixtral",
         paper="arXiv:2401.04088",
         tiny={"num_key_value_heads": 2, "num_local_experts": 4},
+        exceptions=FULL_ATTENTION,
+    ),
+    Architecture(
+        "switch",
+        "ArchSwitch",
+        family="moe",
+        title="Switch Transformer",
+        paper="arXiv:2101.03961",
+        heads=(*ENCODER_DECODER, "ForCausalLM"),
+        tiny={"num_local_experts": 4, "router_jitter_noise": 0.0, "attention_scaling": 1.0},
+        head_fields=ENCODER_ALONE | {"ForCausalLM": {"is_encoder_decoder": False, "is_decoder": True}},
         exceptions=FULL_ATTENTION,
     ),
     Architecture(

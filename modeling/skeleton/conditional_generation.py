@@ -68,12 +68,9 @@ class ConditionalGeneration(Head, GenerationMixin):
         source = (input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs)
         told = (past_key_values, inputs_embeds, decoder_inputs_embeds, use_cache, position_ids, decoder_position_ids)
         outputs = self.model(*source, *told, token_type_ids, **kwargs)
-        hidden_states = outputs.last_hidden_state
-        if self.config.scale_logits:
-            hidden_states = hidden_states * self.config.hidden_size**-0.5
         if labels is not None:  # the decoder's input is what is shifted
             kwargs |= {"num_items_in_batch": items, "shift_labels": labels.contiguous()}
-        loss, logits = loss_and_logits(self, hidden_states, labels, logits_to_keep, **kwargs)
+        loss, logits = loss_and_logits(self, outputs.last_hidden_state, labels, logits_to_keep, **kwargs)
         stacks = (("encoder", self.model.encoder), ("decoder", self.model.decoder))
         routed = [
             (stack, outputs.get(f"{name}_router_logits"), outputs.get(f"{name}_router_choices"))
