@@ -62,4 +62,4 @@ class ArchSwitchConfig(ArchEncoderDecoderConfig):
 
 def every(step: int) -> list[str]:
     """The feed-forwards of `step` layers, of which the second, or the only one, is sparse."""
-    return ["switch" if layer == 1 % step else "dense" for layer in range(max(step, 1))]
+    return ["switch" if layer == 1 or step == 1 else "dense" for layer in range(max(step, 1))]
