@@ -29,6 +29,7 @@ from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
+from hf_arch.modeling.layers.sparse import SparseFeedForward
 from hf_arch.modeling.skeleton import heads, loss
 from hf_arch.modeling.skeleton.backbone import Backbone
 from hf_arch.streams import Segments, StatefulTrainer
@@ -186,8 +187,10 @@ def tensor_parallel(case: Case, folder: Path) -> None:
 def assert_experts_dealt_out(model: nn.Module) -> None:
     """Every process holds whole experts, its share of them."""
     assert_split(model, model.ep_plan)
-    for layer in model.model.layers:
-        assert layer.feed_forward.experts.num_experts == model.config.num_local_experts // dist.get_world_size()
+    sparse = [module for module in model.modules() if isinstance(module, SparseFeedForward)]
+    assert sparse
+    for layer in sparse:
+        assert layer.experts.num_experts == model.config.num_local_experts // dist.get_world_size()
 
 
 def expert_parallel(case: Case, folder: Path) -> None:
