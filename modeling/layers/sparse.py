@@ -25,6 +25,7 @@ class SparseFeedForward(nn.Module):
         self.router = self.router_class(config)
         self.experts = self.experts_class(config)
         self.choices = RouterChoices()
+        self.num_experts = config.num_local_experts  # `experts` may be this process's share of them
         self.capacity_factor = {True: config.expert_capacity_factor, False: config.eval_capacity_factor}
 
     def forward(self, hidden_states: torch.Tensor, documents: torch.Tensor | None = None, **context) -> torch.Tensor:
@@ -32,8 +33,8 @@ class SparseFeedForward(nn.Module):
         index, weight = self.router(tokens)
         factor, chosen = self.capacity_factor[self.training], index
         if factor is not None:
-            late = come_late(index.unflatten(0, hidden_states.shape[:2]), documents, factor, self.experts.num_experts)
-            weight, chosen = weight.masked_fill(late, 0.0), index.masked_fill(late, self.experts.num_experts)
+            late = come_late(index.unflatten(0, hidden_states.shape[:2]), documents, factor, self.num_experts)
+            weight, chosen = weight.masked_fill(late, 0.0), index.masked_fill(late, self.num_experts)
         if documents is not None:
             chosen = chosen.masked_fill(documents.flatten()[:, None] == 0, -1)
         self.choices(chosen)
