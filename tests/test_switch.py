@@ -205,10 +205,10 @@ def test_experts_of_every_stack_are_computed_as_asked():
     assert [stack.config._experts_implementation for stack in stacks] == ["eager"] * 3
 
 
-@pytest.mark.parametrize("weight, dropped, load", [(0.0, 0.688, 1.0), (0.1, 0.3, 0.45)], ids=["without", "with"])
+@pytest.mark.parametrize("weight, dropped, load", [(0.0, 0.688, 1.0), (0.1, 0.2, 0.4)], ids=["without", "with"])
 def test_balancing_balances(weight, dropped, load):
     """Routers that begin with all tokens at one expert, which drops 69 % of them: 40 steps of training leave them there
-    without the loss; with it, 23 % are dropped, and the busiest expert takes a third."""
+    without the loss; with it, over the last five, 13 % are dropped, and the busiest of four experts takes a third."""
     fields = {"initializer_range": 0.1, "router_aux_loss_coef": weight, "output_router_logits": True}
     torch.manual_seed(0)
     model = ROW.load("ForCausalLM")(ROW.tiny_config("ForCausalLM", **fields)).double().train()
