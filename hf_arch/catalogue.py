@@ -9,6 +9,9 @@ FULL_ATTENTION = {
     "bounded step": "And so does a step.",
     "linear cost": "Full attention compares all pairs of tokens.",
 }
+ENCODER_ALONE = {
+    head: {"is_encoder_decoder": False} for head in ENCODER_DECODER if head not in ("Model", "ForConditionalGeneration")
+}
 
 ARCHITECTURES = (
     Architecture(
@@ -30,11 +33,7 @@ ARCHITECTURES = (
         paper="arXiv:1910.10683",
         heads=ENCODER_DECODER,
         tiny={"attention_scaling": 1.0},
-        head_fields={
-            head: {"is_encoder_decoder": False}
-            for head in ENCODER_DECODER
-            if head not in ("Model", "ForConditionalGeneration")
-        },
+        head_fields=ENCODER_ALONE,
         exceptions=FULL_ATTENTION,
     ),
     Architecture(
@@ -254,6 +253,17 @@ ARCHITECTURES = (
             *("in_proj", "out_proj"),
         ),
         tiny={"num_key_value_heads": 2, "capacity": 0.5, "predictor_size": 20},
+        exceptions=FULL_ATTENTION,
+    ),
+    Architecture(
+        "switch",
+        "ArchSwitch",
+        family="moe",
+        title="Switch Transformer",
+        paper="arXiv:2101.03961",
+        heads=(*ENCODER_DECODER, "ForCausalLM"),
+        tiny={"num_local_experts": 4, "router_jitter_noise": 0.0, "attention_scaling": 1.0},
+        head_fields=ENCODER_ALONE | {"ForCausalLM": {"is_encoder_decoder": False, "is_decoder": True}},
         exceptions=FULL_ATTENTION,
     ),
     Architecture(

@@ -47,15 +47,25 @@ def lora_config(model_or_config: PreTrainedModel | PreTrainedConfig, **overrides
     model = model_or_config
     if not isinstance(model, nn.Module):
         with torch.device("meta"):
-            model = row.load("Model")(config)
+            model = row.load(narrowest_head(row, config))(config)
     fields = {"target_modules": targets(row), "target_parameters": stacked_experts(model) or None}
     if overrides.get("lora_dropout") and (fields | overrides)["target_parameters"]:
         raise ValueError(
             "Adapters of stacked experts take no dropout: leave lora_dropout at 0, or the experts as they are with "
             "target_parameters=None."
         )
-    fields["task_type"] = TASKS.get(type(model).__name__.removeprefix(row.prefix))
+    fields["task_type"] = TASKS.get(type(model_or_config).__name__.removeprefix(row.prefix))
     return LoraConfig(**(fields | overrides))
+
+
+def narrowest_head(row: Architecture, config: PreTrainedConfig) -> str:
+    """Of the heads that a config can have, the one that asks the most of it: the config may be of a stack alone."""
+
+    def asked(head: str) -> dict:
+        return row.head_fields.get(head, {})
+
+    fitting = [head for head in row.heads if all(getattr(config, name) == is_ for name, is_ in asked(head).items())]
+    return max(fitting or row.heads, key=lambda head: len(asked(head)))
 
 
 def stacked_experts(model: nn.Module) -> list[str]:

@@ -43,6 +43,7 @@ class SparseFeedForward(MixtureOfExperts):
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
         self.choices = RouterChoices()
+        self.num_experts = config.num_local_experts  # `experts` may be this process's share of them
         self.capacity_factor = {True: config.expert_capacity_factor, False: config.eval_capacity_factor}
 
     def evaluations(self, tokens):
