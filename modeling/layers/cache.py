@@ -202,6 +202,18 @@ DYNAMIC_LAYER_TYPE_MAPPING["causal_block_sparse_attention"] = DynamicLayer
 STATIC_LAYER_TYPE_MAPPING["causal_block_sparse_attention"] = StaticLayer
 DYNAMIC_LAYER_TYPE_MAPPING["hyena"], STATIC_LAYER_TYPE_MAPPING["hyena"] = HistoryCacheLayer, StaticHistoryCacheLayer
 
+
+
+class StaticLatentCacheLayer(StaticLayer):
+    """Keys and values at fixed addresses whose sizes a config does not tell by the names of other attention."""
+
+    supports_early_init = False
+
+
+# Latent attention keeps a latent and a rotated key of each token, as if they were key and value of one head
+DYNAMIC_LAYER_TYPE_MAPPING["latent_attention"] = DynamicLayer
+STATIC_LAYER_TYPE_MAPPING["latent_attention"] = StaticLatentCacheLayer
+
 # Attention by patterns that reach back without end keeps all keys and values
 PATTERNS = ("dilated_attention", "fixed_attention", "strided_attention")
 DYNAMIC_LAYER_TYPE_MAPPING |= dict.fromkeys(PATTERNS, DynamicLayer)
