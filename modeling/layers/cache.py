@@ -202,18 +202,6 @@ DYNAMIC_LAYER_TYPE_MAPPING["causal_block_sparse_attention"] = DynamicLayer
 STATIC_LAYER_TYPE_MAPPING["causal_block_sparse_attention"] = StaticLayer
 DYNAMIC_LAYER_TYPE_MAPPING["hyena"], STATIC_LAYER_TYPE_MAPPING["hyena"] = HistoryCacheLayer, StaticHistoryCacheLayer
 
-
-
-class StaticLatentCacheLayer(StaticLayer):
-    """Keys and values at fixed addresses whose sizes a config does not tell by the names of other attention."""
-
-    supports_early_init = False
-
-
-# Latent attention keeps a latent and a rotated key of each token, as if they were key and value of one head
-DYNAMIC_LAYER_TYPE_MAPPING["latent_attention"] = DynamicLayer
-STATIC_LAYER_TYPE_MAPPING["latent_attention"] = StaticLatentCacheLayer
-
 # Attention by patterns that reach back without end keeps all keys and values
 PATTERNS = ("dilated_attention", "fixed_attention", "strided_attention")
 DYNAMIC_LAYER_TYPE_MAPPING |= dict.fromkeys(PATTERNS, DynamicLayer)
@@ -224,8 +212,8 @@ class GrowingCacheLayer(DynamicLayer):
     """Keys and values, [batch, heads, length, dim], at the front of a store with room for more: a step writes its own
     token and copies the others only when the room is used up."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
         self.stores: tuple[torch.Tensor, torch.Tensor] | None = None
         self.front: torch.Tensor | None = None  # the keys as this class left them; others may have replaced them since
 
@@ -264,3 +252,18 @@ def growing(cache: Cache) -> Cache:
     fresh = (type(layer) is DynamicLayer and not layer.is_initialized for layer in cache.layers)
     cache.layers = [GrowingCacheLayer() if new else layer for layer, new in zip(cache.layers, fresh, strict=True)]
     return cache
+
+
+class LatentCacheLayer(GrowingCacheLayer):
+    """A latent and a rotated key of each token, [batch, 1, length, dim], in the place of key and value."""
+
+
+class StaticLatentCacheLayer(StaticLayer):
+    """The same at fixed addresses. A config does not tell these sizes by the names of other attention."""
+
+    supports_early_init = False
+
+
+OWN = (*RECURRENT, "latent_attention")  # what a DynamicCache that is told no config makes no layers for
+DYNAMIC_LAYER_TYPE_MAPPING["latent_attention"] = LatentCacheLayer
+STATIC_LAYER_TYPE_MAPPING["latent_attention"] = StaticLatentCacheLayer

@@ -37,14 +37,13 @@ class ArchDeepSeekConfig(AttentionConfig):
     v_head_dim: int | None = None
 
     def __post_init__(self, **kwargs):
-        if self.qk_nope_head_dim is None:
+        if self.qk_nope_head_dim is None and self.hidden_size % self.num_attention_heads == 0:
             self.qk_nope_head_dim = self.hidden_size // self.num_attention_heads
-        if self.qk_rope_head_dim is None:
-            self.qk_rope_head_dim = max(2, self.qk_nope_head_dim // 4 * 2)
-        if self.v_head_dim is None:
-            self.v_head_dim = self.qk_nope_head_dim
-        if self.kv_lora_rank is None:
-            self.kv_lora_rank = 4 * self.qk_nope_head_dim
+        width = self.qk_nope_head_dim
+        if width is not None:  # proportions of the papers
+            self.kv_lora_rank = self.kv_lora_rank or 4 * width
+            self.qk_rope_head_dim = self.qk_rope_head_dim or max(2, width // 4 * 2)
+            self.v_head_dim = self.v_head_dim or width
         self.head_dim = self.qk_rope_head_dim  # what positions turn
         super().__post_init__(**kwargs)
 
