@@ -264,6 +264,6 @@ class StaticLatentCacheLayer(StaticLayer):
     supports_early_init = False
 
 
-OWN = (*RECURRENT, "latent_attention")  # what a DynamicCache that is told no config makes no layers for
+OWN_CACHES = (*RECURRENT, "latent_attention")  # what a DynamicCache that is told no config makes no layers for
 DYNAMIC_LAYER_TYPE_MAPPING["latent_attention"] = LatentCacheLayer
 STATIC_LAYER_TYPE_MAPPING["latent_attention"] = StaticLatentCacheLayer
