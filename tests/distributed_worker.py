@@ -44,7 +44,7 @@ CASES.append(
 # The dimension of the weight that each style splits; other styles hook a module and split nothing
 SPLIT = {"colwise": -2, "colwise_gather_output": -2, "packed_colwise": -2, "embedding_rowwise": -2, "rowwise": -1}
 SPLIT |= {"grouped_gemm": 0}
-HOOKS = ("moe_tp_experts", "ep_dispatch_experts")
+HOOKS = ("moe_tp_experts", "ep_dispatch_experts", "mla_kv_a_proj")
 
 
 def share(batch: torch.Tensor) -> torch.Tensor:

@@ -122,7 +122,10 @@ def test_the_cache_of_deepseek_v3_is_a_small_part_of_keys_and_values():
     config = ROW.load("Config")(
         hidden_size=7168,
         num_attention_heads=128,
-        **{"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
     )
     expanded = config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
     assert numbers_held(config) / expanded == (512 + 64) / (128 * (192 + 128)) < 1 / 8

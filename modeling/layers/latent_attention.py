@@ -48,8 +48,8 @@ class LatentAttention(Mixer):
     """Multi-head latent attention (DeepSeek-AI, 2024, arXiv:2405.04434, section 2.1): keys and values of all heads are
     made of one latent vector per token, and positions turn a part of the queries and one key that all heads share.
 
-    The cache holds the latent, after its norm, and the rotated key. A pass over many tokens makes the keys and values of
-    all heads; a few tokens after a text ask the latents themselves (`ops/latent_attention.py`).
+    The cache holds the latent, after its norm, and the rotated key. A pass over many tokens makes the keys and values
+    of all heads; a few tokens after a text ask the latents themselves (`ops/latent_attention.py`).
     """
 
     is_causal = True
