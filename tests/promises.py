@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from hf_arch import ARCHITECTURES, Architecture
 from hf_arch.modeling.layers.centroids import Centroids
-from hf_arch.modeling.layers.experts import TopKRouter
+from hf_arch.modeling.layers.routers import TopKRouter
 from hf_arch.modeling.long_context.reformer.modeling_reformer import LSHAttention
 
 VARIANTS = {

@@ -1,27 +1,39 @@
 """Sparse feed-forwards: every way to compute experts is the definition, and the loss keeps them equally busy."""
 
+import itertools
+import math
+
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 
 import hf_arch
-from hf_arch.modeling.layers.experts import SORTED, Experts, SparseFeedForward
-from hf_arch.modeling.skeleton.loss import load_balancing
-from promises import EXACT, ROWS, Case, held_choices, some_tokens
+from hf_arch.modeling.layers.experts import SORTED, DenseExperts, Experts, SideBySide
+from hf_arch.modeling.layers.sparse import SparseFeedForward, come_late
+from hf_arch.modeling.skeleton.backbone import Layer
+from hf_arch.modeling.skeleton.routing import load_balancing, router_z
+from promises import EXACT, MODELS, ROWS, Case, held_choices, some_tokens
 
-SPARSE = {"feed_forward_types": ["sparse"] * 2, "num_local_experts": 4, "mlp_bias": False}
-ANY = [Case(case.row, case.head, "experts", SPARSE) for case in ROWS if "sparse" in case.config().feed_forward_kinds]
+
+def with_experts(case: Case) -> Case:
+    fields = {"feed_forward_types": ["sparse"] * case.config().num_hidden_layers, "num_local_experts": 4}
+    return Case(case.row, case.head, "experts", fields | {"mlp_bias": False})
+
+
+ANY = [with_experts(case) for case in MODELS if "sparse" in case.config().feed_forward_kinds]
+KINDS = {"sparse": (Experts, "gated"), "switch": (DenseExperts, "dense")}
 MIXTRAL = Case(hf_arch.find("mixtral"), "ForCausalLM")
 
 
-def experts(count: int = 5, dtype=torch.float64, **fields) -> Experts:
-    config = MIXTRAL.config(num_local_experts=count, moe_intermediate_size=24, **fields)
+def experts(count: int = 5, dtype=torch.float64, kind: type[SideBySide] = Experts) -> SideBySide:
+    config = MIXTRAL.config(num_local_experts=count, moe_intermediate_size=24)
     config._experts_implementation = SORTED
     torch.manual_seed(0)
-    made = Experts(config)
+    made = kind(config)
     made.init_parameters(0.3)
     return made.to(dtype)
 
@@ -34,7 +46,7 @@ def some_choices(tokens: int, choices: int, among: int, dtype) -> tuple[torch.Te
     return torch.randn(tokens, 32, generator=draw, dtype=dtype), index, weight
 
 
-def answer_and_gradients(module: Experts, implementation: str, tokens, index, weight) -> list[torch.Tensor]:
+def answer_and_gradients(module: SideBySide, implementation: str, tokens, index, weight) -> list[torch.Tensor]:
     module.config._experts_implementation = implementation
     tokens, weight = (each.clone().requires_grad_() for each in (tokens, weight))
     output = module(tokens, index, weight)
@@ -44,10 +56,11 @@ def answer_and_gradients(module: Experts, implementation: str, tokens, index, we
 
 @pytest.mark.parametrize("tokens, choices, among", [(1, 1, 5), (1, 2, 3), (70, 2, 5), (70, 5, 5), (9, 2, 2), (3, 1, 1)])
 @pytest.mark.parametrize("implementation", [SORTED, "batched_mm", "grouped_mm"])
-def test_every_form_is_the_definition(implementation, tokens, choices, among):
+@pytest.mark.parametrize("kind", [Experts, DenseExperts])
+def test_every_form_is_the_definition(kind, implementation, tokens, choices, among):
     """Also where no token takes the last experts: they get a gradient of zeros, not none."""
     dtype = torch.float32 if implementation == "grouped_mm" else torch.float64
-    module, told = experts(dtype=dtype), some_choices(tokens, choices, among, dtype)
+    module, told = experts(dtype=dtype, kind=kind), some_choices(tokens, choices, among, dtype)
     expected = answer_and_gradients(module, "eager", *told)
     found = answer_and_gradients(module, implementation, *told)
     close = EXACT if dtype == torch.float64 else {"atol": 1e-4, "rtol": 1e-4}
@@ -92,7 +105,8 @@ def test_a_token_costs_its_own_experts_alone():
 @pytest.mark.parametrize("case", ANY, ids=str)
 def test_any_architecture_trains_and_generates_with_experts(case):
     model = case.build(torch.float32, output_router_logits=True).train()
-    assert all(isinstance(layer.feed_forward, SparseFeedForward) for layer in model.model.layers)
+    layers = [module for module in model.modules() if isinstance(module, Layer)]
+    assert all(isinstance(layer.feed_forward, SparseFeedForward) for layer in layers)
     optimizer, tokens, losses = torch.optim.AdamW(model.parameters(), lr=0.01), some_tokens(length=40), []
     for _ in range(8):
         outputs = model(tokens, labels=tokens)
@@ -100,11 +114,105 @@ def test_any_architecture_trains_and_generates_with_experts(case):
         assert all(weight.grad is not None for weight in model.parameters())
         optimizer.step(), optimizer.zero_grad()
         losses.append(outputs.loss.item())
-    assert losses[-1] < 0.8 * losses[0] and len(outputs.router_logits) == 2
-    greedy = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
-    generated = model.eval().generate(tokens, **greedy)
-    assert torch.equal(generated[:, 40:], model(generated).logits[:, 39:-1].argmax(-1))
+    assert losses[-1] < 0.8 * losses[0]
+    with torch.no_grad():
+        whole, alone = (model.eval()(tokens, labels=tokens, output_router_logits=told).loss for told in (True, False))
+    assert whole > alone  # the loss that balances is there, under every head
+    if case.head == "ForCausalLM":
+        assert len(outputs.router_logits) == len(outputs.router_choices) == 2
+        greedy = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+        generated = model.generate(tokens, **greedy)
+        assert torch.equal(generated[:, 40:], model(generated).logits[:, 39:-1].argmax(-1))
     assert type(hf_arch.lora_config(model).target_parameters) is list
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind, dense", [(kind, dense) for kind, (_, dense) in KINDS.items()])
+def test_one_expert_is_the_dense_feed_forward(kind, dense):
+    fields = {"num_local_experts": 1, "num_experts_per_tok": 1, "feed_forward_types": [kind] * 2}
+    sparse = MIXTRAL.build(**fields)
+    plain = MIXTRAL.build(num_local_experts=None, feed_forward_types=[dense] * 2)
+    weights = {
+        name: weight for name, weight in sparse.state_dict().items() if ".feed_forward." not in name or "norm" in name
+    }
+    for layer in range(2):
+        held = sparse.model.layers[layer].feed_forward.experts
+        name = f"model.layers.{layer}.feed_forward"
+        first = ("gate_proj", "up_proj")[-held.parts :]
+        for part, weight in zip(first, held.first_proj[0].chunk(held.parts), strict=True):
+            weights[f"{name}.{part}.weight"] = weight
+        weights[f"{name}.down_proj.weight"] = held.down_proj[0]
+    plain.load_state_dict(weights)
+    assert_close(sparse(some_tokens()).logits, plain(some_tokens()).logits, **EXACT)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_have_no_order(kind):
+    model = MIXTRAL.build(feed_forward_types=[kind] * 2)
+    expected, order = model(some_tokens()).logits, torch.tensor([2, 0, 3, 1])
+    for layer in model.model.layers:
+        held = layer.feed_forward
+        for weight in (held.router.gate.weight, held.experts.first_proj, held.experts.down_proj):
+            weight.copy_(weight[order])
+    assert_close(model(some_tokens()).logits, expected, **EXACT)
+
+
+@pytest.mark.parametrize("factor", [0.3, 1.0, 1.5])
+@pytest.mark.parametrize("rows", ["plain", "padded", "packed"])
+def test_the_late_are_those_who_find_their_expert_full(rows, factor):
+    draw = torch.Generator().manual_seed(0)
+    index = torch.rand(2, 23, 4, generator=draw).topk(2, dim=-1).indices
+    documents = {
+        "plain": None,
+        "padded": torch.tensor([[0] * 9 + [1] * 14, [1] * 23]),
+        "packed": torch.tensor([[1] * 7 + [2] * 10 + [0] * 6, [1] * 4 + [2] * 9 + [3] * 10]),
+    }[rows]
+    expected = torch.zeros(2, 23, 2, dtype=torch.bool)
+    for row in range(2):
+        numbers = [1] * 23 if documents is None else documents[row].tolist()
+        for document in set(numbers) - {0}:
+            members, taken = [place for place in range(23) if numbers[place] == document], [0] * 4
+            for choice, place in itertools.product(range(2), members):
+                expert = int(index[row, place, choice])
+                taken[expert] += 1
+                expected[row, place, choice] = taken[expert] > math.ceil(factor * 2 * len(members) / 4)
+    assert torch.equal(come_late(index, documents, factor, 4), expected.flatten(0, 1))
+    assert expected.any() or factor > 1
+
+
+def test_capacity_drops_in_training_alone():
+    """Who comes too late is answered nothing; room for every token drops none."""
+    fields = {"feed_forward_types": ["switch"] * 2, "num_experts_per_tok": 1, "expert_capacity_factor": 0.5}
+    model, tokens = MIXTRAL.build(**fields), some_tokens()
+    asked = {"output_router_logits": True}
+    free = model(tokens, **asked)
+    assert all((choices < 4).all() for choices in free.router_choices)
+    limited = model.train()(tokens, **asked)
+    late = limited.router_choices[0] == 4
+    assert late.float().mean() >= 0.5
+    answers = []
+    model.model.layers[0].feed_forward.register_forward_hook(lambda module, told, answer: answers.append(answer))
+    model(tokens)
+    assert torch.equal((answers[0] == 0).all(-1), late.view(2, -1))
+    for layer in model.model.layers:
+        layer.feed_forward.capacity_factor[True] = 4.0
+    assert_close(model(tokens).logits, free.logits, **EXACT)
+
+
+@torch.no_grad()
+def test_routers_of_switch_compute_in_float32_and_jitter_in_training():
+    fields = {"feed_forward_types": ["switch"] * 2, "num_experts_per_tok": 1, "router_jitter_noise": 0.1}
+    model, tokens = MIXTRAL.build(torch.bfloat16, **fields), some_tokens()
+    seen = []
+    router = model.model.layers[0].feed_forward.router
+    router.register_forward_hook(lambda module, told, answer: seen.append(told[0]))
+    logits = model(tokens, output_router_logits=True).router_logits[0]
+    assert logits.dtype == torch.float32
+    assert_close(logits, seen[0].float() @ router.gate.weight.float().T)
+    first, second = (model.train()(tokens, output_router_logits=True).router_logits[0] for _ in range(2))
+    assert not torch.equal(first, second)
+    assert_close(first, logits, rtol=0.2, atol=0.2 * logits.abs().max())
 
 
 @torch.no_grad()
@@ -133,10 +241,22 @@ def test_load_balancing_is_that_of_transformers(top_k):
     mask = (torch.rand(2, 35, generator=draw) < 0.7).long()
     assert_close(load_balancing(logits, top_k), load_balancing_loss_func(logits, 6, top_k))
     expected = load_balancing_loss_func(logits, 6, top_k, mask)
-    assert_close(load_balancing(logits, top_k, mask.flatten().bool()), expected)
+    assert_close(load_balancing(logits, top_k, [mask.flatten().bool()] * 3), expected)
     even = (torch.eye(6).repeat(4, 1) * 1e-3,)  # all experts are as likely, and as often taken
     assert_close(load_balancing(even, 1), torch.tensor(1.0), atol=1e-3, rtol=0)
     assert load_balancing((torch.eye(6)[:1].repeat(24, 1) * 9,), 1) > 5
+
+
+def test_the_z_loss_is_that_of_transformers():
+    draw = torch.Generator().manual_seed(0)
+    logits = tuple(torch.randn(2 * 35, 6, generator=draw) for _ in range(3))
+    there = [torch.ones(70, dtype=torch.bool)] * 3
+    assert_close(router_z(logits, there), router_z_loss_func(torch.stack(logits)))
+    model, tokens = MIXTRAL.build(output_router_logits=True), some_tokens()
+    plain = model(tokens, labels=tokens)
+    model.config.router_z_loss_coef = 0.1
+    expected = plain.loss.double() + 0.1 * router_z_loss_func(torch.stack(plain.router_logits))
+    assert_close(model(tokens, labels=tokens).loss.double(), expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -152,6 +272,7 @@ def test_padding_does_not_count_in_load_balancing():
         labels = padded.masked_fill((mask == 0) | (mask.cumsum(-1) == 1), -100)  # padding names no first token
         found = model(padded, attention_mask=mask, labels=labels, **told)
         assert_close(found.aux_loss, alone.aux_loss, **EXACT)
+        assert torch.equal(found.router_choices[0][:, 0].view(2, -1) == -1, mask == 0)
         assert_close(found.loss, alone.loss, atol=1e-5, rtol=1e-5)
     cache = model(padded[:, :30], attention_mask=mask[:, :30], use_cache=True).past_key_values
     rest = model(padded[:, 30:], attention_mask=mask, past_key_values=cache, **told)
@@ -195,17 +316,21 @@ def test_load_balancing_under_checkpointing(reentrant):
         ({"num_local_experts": None}, "sparse need num_local_experts"),
         ({"num_experts_per_tok": 5}, "num_experts_per_tok 5 is not between 1 and num_local_experts 4"),
         ({"num_experts_per_tok": 0}, "num_experts_per_tok 0"),
-        ({"feed_forward_types": ["gated"] * 2}, "no feed-forward is sparse"),
+        ({"feed_forward_types": ["dense"]}, "no feed-forward is sparse"),
         ({"moe_intermediate_size": 0}, "moe_intermediate_size is 0"),
         ({"router_aux_loss_coef": -0.1}, "must not be negative"),
         ({"mlp_bias": True}, "Experts have no bias"),
+        ({"expert_capacity_factor": 0.0}, "must be positive"),
+        ({"router_z_loss_coef": -1.0}, "must not be negative"),
+        ({"router_jitter_noise": 1.0}, "below 1"),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("case", ANY, ids=str)
 def test_contradictory_experts_fail_at_construction(case, fields, message):
+    kinds = fields.get("feed_forward_types", ["sparse"]) * case.config().num_hidden_layers
     with pytest.raises(StrictDataclassError, match=message):
-        case.config(**fields)
+        case.config(**fields | {"feed_forward_types": kinds})
 
 
 def test_dense_configs_do_not_speak_of_experts():

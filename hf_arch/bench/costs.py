@@ -13,9 +13,9 @@ from torch import nn
 
 from hf_arch.modeling.hierarchical.hat.modeling_hat import ArchHatModel
 from hf_arch.modeling.layers.attention import Attention
-from hf_arch.modeling.layers.experts import SparseFeedForward
 from hf_arch.modeling.layers.feed_forward import MLP
 from hf_arch.modeling.layers.mixer import Mixer
+from hf_arch.modeling.layers.sparse import SparseFeedForward
 from hf_arch.modeling.skeleton.backbone import Backbone
 
 CHUNK = 64  # tokens that a linear recurrence takes at once: fewer do not fill a matrix product, more are more work
@@ -96,7 +96,7 @@ def experts(module: SparseFeedForward, span: Span) -> Cost:
     """Each token's own experts; of their weights, as many as so few tokens can ask for."""
     made, router = module.experts, module.router
     chosen = router.top_k * span.tokens
-    of_one = made.gate_up_proj[0].numel() + made.down_proj[0].numel()
+    of_one = made.first_proj[0].numel() + made.down_proj[0].numel()
     smooth = 0 if isinstance(made.act_fn, nn.ReLU) else made.down_proj.shape[-1]
     return cost(router, span) + Cost(
         operations=2 * of_one * chosen,

@@ -4,6 +4,7 @@ from huggingface_hub.dataclasses import strict
 
 from ..ops.segment_rows import Window
 from ..skeleton.config import ArchConfig
+from ..skeleton.expert_config import SPARSE
 
 
 @strict
@@ -30,7 +31,7 @@ class SegmentRecurrenceConfig(ArchConfig):
         `"post_norm"`, or `"pre_norm"`, as in the original without a norm at the end.
     """
 
-    feed_forward_kinds = ("dense", "gated", "sparse")
+    feed_forward_kinds = ("dense", "gated", *SPARSE)
 
     segment_length: int = 512
     memory_length: int = 512

@@ -13,19 +13,20 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..layers.cache import growing
-from ..layers.experts import SparseFeedForward
 from ..layers.feed_forward import MLP, GatedMLP
 from ..layers.mixer import Mixer
 from ..layers.norm import RMSNorm
 from ..layers.positions import NoPositions
-from ..layers.record import AttentionWeights, CrossAttentionWeights, RouterLogits
+from ..layers.record import AttentionWeights, CrossAttentionWeights, RouterChoices, RouterLogits
 from ..layers.residual import PreNorm, Residual
+from ..layers.sparse import SPARSE_FEED_FORWARDS
 from ..layers.training_buffer import follow_optimizers, watch_training_buffers
 from ..layers.view import View
-from .checks import check_inputs
+from .checks import check_checkpointing, check_inputs
 from .config import ArchConfig
-from .masks import MASKS, all_straight, count_positions, key_positions
+from .masks import MASKS, all_straight, count_positions, key_positions, number_documents
 from .pretrained import ArchPreTrainedModel
+from .routing import load_balancing, router_z, with_choices
 
 
 class Layer(GradientCheckpointingLayer):
@@ -60,8 +61,8 @@ class Backbone(ArchPreTrainedModel):
     feed_forwards: ClassVar[dict[str, type[nn.Module] | None]] = {
         "gated": GatedMLP,
         "dense": MLP,
-        "sparse": SparseFeedForward,
         "none": None,
+        **SPARSE_FEED_FORWARDS,
     }
     residual: ClassVar[type[Residual]] = PreNorm
     views: ClassVar[dict[str, type[View]]] = {}
@@ -73,6 +74,7 @@ class Backbone(ArchPreTrainedModel):
         "attentions": OutputRecorder(AttentionWeights, index=0),
         "cross_attentions": OutputRecorder(CrossAttentionWeights, index=0),
         "router_logits": OutputRecorder(RouterLogits, index=0),
+        "router_choices": OutputRecorder(RouterChoices, index=0),
     }
 
     def __init__(self, config: ArchConfig):
@@ -90,6 +92,7 @@ class Backbone(ArchPreTrainedModel):
         self.layers = nn.ModuleList(self.make_layer(layer_idx) for layer_idx in firsts)
         final = self.norm_class(config.output_size, config.norm_eps)
         self.norm = final if self.residual.final_norm else nn.Identity()
+        self.reads_documents = any(getattr(module, "reads_documents", False) for module in self.modules())
         self.gradient_checkpointing = False
         self.post_init()
         self.own_weights = frozenset(name for name, _ in self.named_parameters())  # those of adapters come later
@@ -118,6 +121,7 @@ class Backbone(ArchPreTrainedModel):
             "feed_forward": self.feed_forwards[self.config.feed_forward_types[layer_idx]],
         }
 
+    @with_choices
     @capture_outputs
     def forward(
         self,
@@ -160,6 +164,7 @@ class Backbone(ArchPreTrainedModel):
                 stream,
                 encoder_hidden_states,
                 attention_mask=masks[kind],
+                documents=masks.get("documents"),
                 key_positions=masks.get(f"{kind}_key_positions"),
                 position_embeddings=position_embeddings,
                 layer_idx=layer_idx,
@@ -177,8 +182,8 @@ class Backbone(ArchPreTrainedModel):
     def make_masks(
         self, inputs_embeds, attention_mask, past_key_values, position_ids, **context
     ) -> dict[str, torch.Tensor | None]:
-        """One mask per layer type in use, shared by its layers, and the positions of its keys where a bias asks for
-        them. generate() may hand them over ready."""
+        """One mask per layer type in use, shared by its layers, the positions of its keys where a bias asks for them,
+        and the documents where a sub-layer does. generate() may hand them over ready."""
         if isinstance(attention_mask, dict):
             return attention_mask
         told = {"attention_mask": attention_mask, "past_key_values": past_key_values, "position_ids": position_ids}
@@ -187,7 +192,21 @@ class Backbone(ArchPreTrainedModel):
             given = {"config": self.config, "inputs_embeds": inputs_embeds, "layer_idx": layer_idx}
             given["biased"] = self.embed_positions.biased
             masks[kind] = makers[kind](**given, **told, **context)
+        if self.reads_documents:
+            masks["documents"] = number_documents(self.config, inputs_embeds, **told)
         if self.embed_positions.biased and not all_straight(inputs_embeds, **told):
             for kind, layer_idx in self.kinds.items():
                 masks[f"{kind}_key_positions"] = key_positions(inputs_embeds, layer_idx, **told)
         return masks
+
+    def routing_losses(self, router_logits, router_choices) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss that keeps experts equally busy, of what this stack's routers recorded for real tokens, and what is
+        added to the whole loss: it and the z-loss, times their weights in the config."""
+        if torch.is_grad_enabled():
+            check_checkpointing(self.layers)
+        config, real = self.config, [choices[:, 0] >= 0 for choices in router_choices]
+        balance = load_balancing(router_logits, config.num_experts_per_tok, real)
+        added = config.router_aux_loss_coef * balance
+        if config.router_z_loss_coef:
+            added = added + config.router_z_loss_coef * router_z(router_logits, real)
+        return balance, added

@@ -95,6 +95,7 @@ class SequenceClassification(TextHead):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+            loss, _ = self.with_routing(loss, outputs, labels, **kwargs | {"shift_labels": labels})
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
@@ -130,8 +131,13 @@ class MultipleChoice(TextHead):
         flat = {name: x.flatten(0, 1) if isinstance(x, torch.Tensor) and x.ndim > 2 else x for name, x in told.items()}
         outputs = self.model(**flat)
         logits = self.scores(outputs, flat["input_ids"], flat["attention_mask"]).view(texts.shape[:2])
+        loss = None
+        if labels is not None:
+            counted = {"num_items_in_batch": num_items_in_batch}
+            loss = fixed_cross_entropy(logits, labels, **counted)
+            loss, _ = self.with_routing(loss, outputs, labels, shift_labels=labels, **counted)
         return MultipleChoiceModelOutput(
-            loss=None if labels is None else fixed_cross_entropy(logits, labels, num_items_in_batch),
+            loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -161,7 +167,10 @@ class TokenClassification(Head):
         outputs = self.model(input_ids, attention_mask, position_ids, **told, **kwargs)
         check_labels(labels, outputs.last_hidden_state)
         logits = self.score(self.dropout(outputs.last_hidden_state))
-        loss = None if labels is None else self.loss_function(logits, labels, self.config, **kwargs)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config, **kwargs)
+            loss, _ = self.with_routing(loss, outputs, labels, **kwargs | {"shift_labels": labels})
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -191,6 +200,7 @@ class QuestionAnswering(Head):
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
+            loss, _ = self.with_routing(loss, outputs)
         return QuestionAnsweringModelOutput(
             loss=loss,
             start_logits=start_logits,

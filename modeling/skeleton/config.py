@@ -4,8 +4,9 @@ from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
+
+from .expert_config import EXPERT_FIELDS, SPARSE, TENSOR_PARALLEL_EXPERTS, ExpertConfig
 
 # How the parts of a feed-forward are split over the processes of a tensor-parallel group, by its kind
 TENSOR_PARALLEL = {
@@ -23,28 +24,12 @@ TENSOR_PARALLEL = {
         "layers.*.feed_forward.up_proj": "colwise",
         "layers.*.feed_forward.down_proj": "rowwise",
     },
-    "sparse": {
-        "layers.*.feed_forward.experts.gate_up_proj": "packed_colwise",
-        "layers.*.feed_forward.experts.down_proj": "rowwise",
-        "layers.*.feed_forward.experts": "moe_tp_experts",
-    },
+    **TENSOR_PARALLEL_EXPERTS,
 }
-EXPERT_PARALLEL = {
-    "layers.*.feed_forward.experts.gate_up_proj": "grouped_gemm",
-    "layers.*.feed_forward.experts.down_proj": "grouped_gemm",
-    "layers.*.feed_forward.experts": "ep_dispatch_experts",
-}
-EXPERT_FIELDS = (
-    "num_local_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    "router_aux_loss_coef",
-    "output_router_logits",
-)
 
 
 @strict
-class ArchConfig(PreTrainedConfig):
+class ArchConfig(ExpertConfig):
     """
     vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads (`int`):
         Sizes, as everywhere in transformers. `intermediate_size` is the width inside a feed-forward.
@@ -59,18 +44,12 @@ class ArchConfig(PreTrainedConfig):
         Whether the projections of mixers, and those of feed-forwards, have a bias.
     embedding_norm (`bool`), type_vocab_size (`int`):
         Whether embeddings are normed; how many kinds of segment have an embedding of their own (0: none).
-    num_local_experts, num_experts_per_tok, moe_intermediate_size (`int`, *optional*):
-        Of feed-forwards of type `"sparse"`: how many experts one has, how many of them a token takes, and the width
-        inside an expert, by default `intermediate_size`.
-    router_aux_loss_coef (`float`), output_router_logits (`bool`):
-        Weight of the loss that keeps experts equally busy, and whether the model answers with the logits of its routers
-        and adds that loss.
     """
 
     keys_to_ignore_at_inference = ["past_key_values"]
     base_model_tp_plan = {}  # of the mixers; that of the feed-forwards in use is added
     layer_kinds: ClassVar[tuple[str, ...]] = ("full_attention",)  # what `layer_types` may name, the default first
-    feed_forward_kinds: ClassVar[tuple[str, ...]] = ("gated", "dense", "sparse")
+    feed_forward_kinds: ClassVar[tuple[str, ...]] = ("gated", "dense", *SPARSE)
     pooling: ClassVar[str] = "last"  # what speaks for a text: a decoder's last token, an encoder's first, or "document"
 
     vocab_size: int = 32000
@@ -90,11 +69,6 @@ class ArchConfig(PreTrainedConfig):
     mlp_bias: bool = False
     embedding_norm: bool = False
     type_vocab_size: int = 0
-    num_local_experts: int | None = None
-    num_experts_per_tok: int = 2
-    moe_intermediate_size: int | None = None
-    router_aux_loss_coef: float | int = 0.001
-    output_router_logits: bool = False
     use_cache: bool = True
     tie_word_embeddings: bool = False
     pad_token_id: int | None = None
@@ -109,7 +83,7 @@ class ArchConfig(PreTrainedConfig):
             self.feed_forward_types = self.repeated(self.feed_forward_pattern())
         self.base_model_tp_plan = self.stack_tp_plan()
         if self.has_experts:
-            self.base_model_ep_plan = EXPERT_PARALLEL
+            self.base_model_ep_plan = self.expert_ep_plan()
         super().__post_init__(**kwargs)
 
     def mixer_tp_plan(self) -> dict[str, str]:
@@ -122,10 +96,6 @@ class ArchConfig(PreTrainedConfig):
         for kind in self.feed_forward_types:
             plan |= TENSOR_PARALLEL.get(kind, {})
         return plan
-
-    @property
-    def has_experts(self) -> bool:
-        return "sparse" in self.feed_forward_types
 
     def to_dict(self) -> dict:
         """As in transformers, with `layer_types` under the name `mixer_types`: a resumed Trainer reads config.json as a
@@ -181,30 +151,6 @@ class ArchConfig(PreTrainedConfig):
             if len(types) != self.num_hidden_layers:
                 raise ValueError(f"{name} has {len(types)} entries for {self.num_hidden_layers} layers.")
         self.validate_experts()
-
-    def validate_experts(self):
-        """Raise ValueError where the experts' fields contradict each other or the types of the feed-forwards."""
-        experts = self.num_local_experts
-        if self.has_experts and experts is None:
-            raise ValueError("Feed-forwards of type sparse need num_local_experts: how many experts they have.")
-        if self.output_router_logits and not self.has_experts:
-            raise ValueError("output_router_logits asks for routers, but no feed-forward is sparse.")
-        if experts is None:
-            return
-        if not self.has_experts:
-            raise ValueError(
-                f"num_local_experts is {experts}, but no feed-forward is sparse: name some in feed_forward_types."
-            )
-        if not 1 <= self.num_experts_per_tok <= experts:
-            raise ValueError(
-                f"num_experts_per_tok {self.num_experts_per_tok} is not between 1 and num_local_experts {experts}."
-            )
-        if self.moe_intermediate_size is not None and self.moe_intermediate_size < 1:
-            raise ValueError(f"moe_intermediate_size is {self.moe_intermediate_size}; it must be at least 1.")
-        if self.router_aux_loss_coef < 0:
-            raise ValueError(f"router_aux_loss_coef is {self.router_aux_loss_coef}; it must not be negative.")
-        if self.mlp_bias:
-            raise ValueError("Experts have no bias: mlp_bias must be false where a feed-forward is sparse.")
 
 
 @strict

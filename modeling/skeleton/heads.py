@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import ClassVar, Unpack
 
 import torch
@@ -10,15 +11,14 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache
 from transformers.generation import GenerationMixin, GenerationMode
-from transformers.modeling_outputs import MaskedLMOutput, MoeCausalLMOutputWithPast
+from transformers.modeling_outputs import MaskedLMOutput, ModelOutput, MoeCausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from ..layers.cache import RecurrentCacheLayer, growing
 from .backbone import Backbone
-from .checks import check_checkpointing
 from .config import ArchConfig
-from .loss import LOGITS_AT_ONCE, chunked_cross_entropy, load_balancing, share_of_batch
+from .loss import LOGITS_AT_ONCE, chunked_cross_entropy, share_of_batch
 from .pretrained import ArchPreTrainedModel
 
 
@@ -35,6 +35,33 @@ class Head(ArchPreTrainedModel):
 
     def add_head(self, config: ArchConfig) -> None:
         raise NotImplementedError
+
+    def with_routing(
+        self, loss: torch.Tensor | None, outputs: ModelOutput, labels: torch.Tensor | None = None, **kwargs
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The loss of `labels` with those of the routers added, and the one that keeps experts equally busy: the loss
+        as it is and None where nothing of routers was asked for."""
+        told = (self.model, outputs.get("router_logits"), outputs.get("router_choices"))
+        return add_routing(loss, share_of_batch(labels, **kwargs), told)
+
+
+def add_routing(
+    loss: torch.Tensor | None, share: torch.Tensor | float, *stacks: tuple[Backbone, tuple | None, tuple | None]
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """As `Head.with_routing`, of a `share` of a batch; stacks: backbones, with logits and choices of their routers."""
+    found = [stack.routing_losses(logits, choices) for stack, logits, choices in stacks if logits]
+    if not found:
+        return loss, None
+    balance, added = (sum(parts) for parts in zip(*found, strict=True))
+    return None if loss is None else loss + share * added, balance
+
+
+@dataclass
+class CausalLMOutput(MoeCausalLMOutputWithPast):
+    """`router_choices`: [tokens, choices] of each sparse layer, the experts that tokens take; the number of all experts
+    where one had no room, -1 where a token is padding."""
+
+    router_choices: tuple[torch.LongTensor, ...] | None = None
 
 
 class CausalLM(Head, GenerationMixin):
@@ -65,19 +92,15 @@ class CausalLM(Head, GenerationMixin):
         token_type_ids: torch.LongTensor | None = None,
         output_router_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> MoeCausalLMOutputWithPast:
+    ) -> CausalLMOutput:
         """
         labels (`torch.LongTensor` [batch, length], *optional*):
             The tokens themselves (they are shifted here), -100 where nothing is asked. In training, when all logits
             would be more than 2^24 numbers, the loss is made without them and `logits` is None.
         output_router_logits (`bool`, *optional*):
-            Whether to answer with the logits of the routers and with `aux_loss`, which keeps experts equally busy and
-            is added to the loss, times `config.router_aux_loss_coef`. By default as the config says.
+            Whether to answer with the logits and choices of the routers and with `aux_loss`, which keeps experts
+            equally busy and is added to the loss, times `config.router_aux_loss_coef`. By default as the config says.
         """
-        if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
-        if output_router_logits and torch.is_grad_enabled():
-            check_checkpointing(self.model.layers)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -90,10 +113,8 @@ class CausalLM(Head, GenerationMixin):
             **kwargs,
         )
         loss, logits = loss_and_logits(self, outputs.last_hidden_state, labels, logits_to_keep, **kwargs)
-        aux_loss = self.balance(outputs.router_logits, attention_mask) if outputs.router_logits else None
-        if loss is not None and aux_loss is not None:
-            loss = loss + self.config.router_aux_loss_coef * share_of_batch(labels, **kwargs) * aux_loss
-        return MoeCausalLMOutputWithPast(
+        loss, aux_loss = self.with_routing(loss, outputs, labels, **kwargs)
+        return CausalLMOutput(
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
@@ -101,15 +122,8 @@ class CausalLM(Head, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
+            router_choices=outputs.get("router_choices"),
         )
-
-    def balance(self, router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """The loss that keeps experts equally busy, over the real tokens of this call."""
-        real = None
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-            length = router_logits[0].shape[0] // attention_mask.shape[0]
-            real = attention_mask[:, -length:].flatten().bool()
-        return load_balancing(router_logits, self.config.num_experts_per_tok, real)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args):
         """generate() makes the cache; its layers are ours where transformers' would copy everything at every step."""
@@ -223,6 +237,7 @@ class MaskedLM(Head):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss, _ = self.with_routing(loss, outputs, labels, **kwargs | {"shift_labels": labels})
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

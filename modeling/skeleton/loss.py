@@ -1,7 +1,4 @@
-"""Next-token loss without all logits at once: a chunk of tokens at a time, made again in backward; and the loss that
-keeps experts equally busy."""
-
-from collections.abc import Sequence
+"""Next-token loss without all logits at once: a chunk of tokens at a time, made again in backward."""
 
 import torch
 import torch.nn.functional as F
@@ -47,25 +44,8 @@ def chunked_cross_entropy(
     return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)
 
 
-def load_balancing(router_logits: Sequence[torch.Tensor], top_k: int, real: torch.Tensor | None = None) -> torch.Tensor:
-    """experts * sum over experts of (choices per token) * (mean probability): `top_k` where all are equally busy, more
-    elsewhere (Fedus et al., 2021, arXiv:2101.03961, equations 4 to 6; over all layers at once, as in Mixtral).
-
-    router_logits: [tokens, experts] of each layer; real [tokens] (bool, optional): those that are no padding.
-    """
-    chosen, probability = 0.0, 0.0
-    for logits in router_logits:
-        scores = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        taken = torch.zeros_like(scores).scatter_(-1, scores.topk(top_k, dim=-1).indices, 1.0)
-        if real is not None:
-            scores, taken = (each * real[:, None] for each in (scores, taken))
-        chosen, probability = chosen + taken.sum(0), probability + scores.sum(0)
-    tokens = len(router_logits) * (router_logits[0].shape[0] if real is None else real.sum())
-    return router_logits[0].shape[-1] * (chosen / tokens * (probability / tokens)).sum()
-
-
 def share_of_batch(
-    labels: torch.Tensor,
+    labels: torch.Tensor | None,
     num_items_in_batch: torch.Tensor | int | None = None,
     shift_labels: torch.Tensor | None = None,
     ignore_index: int = -100,
@@ -73,6 +53,6 @@ def share_of_batch(
 ) -> torch.Tensor | float:
     """How much of a batch that comes in pieces this piece is: a mean over tokens counts that much in the sum of their
     losses."""
-    if num_items_in_batch is None:
+    if labels is None or num_items_in_batch is None:
         return 1.0
     return (targets_of(labels, shift_labels, ignore_index) != ignore_index).sum() / num_items_in_batch

@@ -3,23 +3,21 @@
 Both are backbones: the decoder is one that has a `cross_attention`, and the config tells them apart by `stack(name)`.
 """
 
+from dataclasses import dataclass
 from typing import ClassVar, Unpack
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
-from transformers.generation import GenerationMixin
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import BaseModelOutput, Seq2SeqMoEModelOutput, Seq2SeqMoEOutput
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqMoEModelOutput
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 
-from ..layers.cache import growing
 from .backbone import Backbone
 from .config import ArchConfig
-from .heads import Head, loss_and_logits
-from .masks import count_positions, number_documents, several
+from .masks import number_documents, several
 from .pretrained import ArchPreTrainedModel
 
 
@@ -45,6 +43,14 @@ class EncoderOnly(ArchPreTrainedModel):
         self, input_ids=None, attention_mask=None, position_ids=None, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutput:
         return self.encoder(input_ids, attention_mask, position_ids, **kwargs)
+
+
+@dataclass
+class EncoderDecoderOutput(Seq2SeqMoEModelOutput):
+    """`encoder_router_choices`, `decoder_router_choices`: as `CausalLMOutput.router_choices`, of each stack."""
+
+    encoder_router_choices: tuple[torch.LongTensor, ...] | None = None
+    decoder_router_choices: tuple[torch.LongTensor, ...] | None = None
 
 
 class EncoderDecoder(ArchPreTrainedModel):
@@ -91,7 +97,7 @@ class EncoderDecoder(ArchPreTrainedModel):
         decoder_position_ids: torch.LongTensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> Seq2SeqMoEModelOutput:
+    ) -> EncoderDecoderOutput:
         """
         decoder_input_ids (`torch.LongTensor` [batch, length], *optional*):
             By default the decoder reads the source, moved one to the right, as in BART (arXiv:1910.13461). Not in
@@ -118,17 +124,19 @@ class EncoderDecoder(ArchPreTrainedModel):
         kwargs["encoder_attention_mask"] = cross_mask(self.config, encoded, queries, source, target, past_key_values)
         answer = (decoder_input_ids, *target)
         outputs, cache = self.decode(answer, past_key_values, use_cache, encoded, decoder_inputs_embeds, **kwargs)
-        return Seq2SeqMoEModelOutput(
+        return EncoderDecoderOutput(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=cache,
             decoder_hidden_states=outputs.hidden_states,
             decoder_attentions=outputs.attentions,
             decoder_router_logits=outputs.router_logits,
+            decoder_router_choices=outputs.get("router_choices"),
             cross_attentions=outputs.get("cross_attentions"),
             encoder_last_hidden_state=encoded,
             encoder_hidden_states=encoder_outputs.get("hidden_states"),
             encoder_attentions=encoder_outputs.get("attentions"),
             encoder_router_logits=encoder_outputs.get("router_logits"),
+            encoder_router_choices=encoder_outputs.get("router_choices"),
         )
 
     def decode(self, answer: tuple, past_key_values, use_cache: bool, encoded: torch.Tensor, inputs_embeds, **kwargs):
@@ -213,79 +221,3 @@ def cross_mask(config, encoded: torch.Tensor, queries: torch.Tensor, source: tup
         )
     like = encoded.new_empty(*queries.shape[:2], 0)
     return create_bidirectional_mask(config, like, source[0], encoder_hidden_states=encoded, **pattern)
-
-
-class ConditionalGeneration(Head, GenerationMixin):
-    """An encoder-decoder and a head that names the next token of the answer."""
-
-    backbone: ClassVar[type[EncoderDecoder]]
-    _tied_weights_keys = {"lm_head.weight": "model.encoder.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-
-    def add_head(self, config):
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.LongTensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        encoder_outputs: BaseModelOutput | tuple | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        decoder_inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        position_ids: torch.LongTensor | None = None,
-        decoder_position_ids: torch.LongTensor | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        token_type_ids: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> Seq2SeqMoEOutput:
-        """
-        labels (`torch.LongTensor` [batch, length], *optional*):
-            The answer, -100 where nothing is asked. Without an input of its own the decoder reads them moved one to the
-            right. In training, when all logits would be more than 2^24 numbers, the loss is made without them and
-            `logits` is None.
-        """
-        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
-            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        items = kwargs.pop("num_items_in_batch", None)
-        source = (input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs)
-        told = (past_key_values, inputs_embeds, decoder_inputs_embeds, use_cache, position_ids, decoder_position_ids)
-        outputs = self.model(*source, *told, token_type_ids, **kwargs)
-        hidden_states = outputs.last_hidden_state
-        if self.config.scale_logits:
-            hidden_states = hidden_states * self.config.hidden_size**-0.5
-        if labels is not None:  # the decoder's input is what is shifted
-            kwargs |= {"num_items_in_batch": items, "shift_labels": labels.contiguous()}
-        loss, logits = loss_and_logits(self, hidden_states, labels, logits_to_keep, **kwargs)
-        told = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
-        return Seq2SeqMoEOutput(loss=loss, logits=logits, **told)
-
-    def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
-        """What the decoder reads to name the labels [batch, length]."""
-        return self.model.shifted(labels)
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
-        """generate() makes both caches of the decoder's layer types, but neither a state nor a window can hold the
-        source: the cross-attention's grows, once."""
-        given = model_kwargs.get("past_key_values")
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        made = model_kwargs.get("past_key_values")
-        if given is None and made is not None:
-            if generation_config.cache_implementation in (None, "dynamic"):
-                growing(made.self_attention_cache)
-            model_kwargs["past_key_values"] = EncoderDecoderCache(made.self_attention_cache, DynamicCache())
-
-    def create_masks_for_generate(
-        self, config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **kwargs
-    ):
-        """Called by generate() with a static cache, which must not see the mask grow; it tells no positions, and only
-        the mask knows them."""
-        cache: Cache = past_key_values.self_attention_cache
-        masks = self.model.decoder.make_masks(inputs_embeds, attention_mask, cache, position_ids)
-        return masks | {"position_ids": count_positions(inputs_embeds, attention_mask, cache)}

@@ -7,6 +7,7 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 
 from ...skeleton.config import ArchConfig
+from ...skeleton.expert_config import SPARSE
 from ..transformer.configuration_transformer import ArchTransformerConfig
 
 
@@ -28,7 +29,7 @@ class ArchEncoderDecoderConfig(ArchTransformerConfig):
     """
 
     model_type = "hf_arch_encoder_decoder"
-    feed_forward_kinds = ("gated", "dense")
+    feed_forward_kinds = ("gated", "dense", *SPARSE)
     keys_to_ignore_at_inference = ["past_key_values", "encoder_last_hidden_state"]
 
     is_encoder_decoder: bool = True

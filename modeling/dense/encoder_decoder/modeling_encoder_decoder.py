@@ -3,8 +3,9 @@ arXiv:1910.10683) and with the choices of later models."""
 
 from ...layers.attention import Attention, BidirectionalAttention, CrossAttention, SlidingAttention
 from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
+from ...skeleton.conditional_generation import ConditionalGeneration
 from ...skeleton.laboratory import Laboratory
-from ...skeleton.seq2seq import ConditionalGeneration, EncoderDecoder, EncoderOnly
+from ...skeleton.seq2seq import EncoderDecoder, EncoderOnly
 from .configuration_encoder_decoder import ArchEncoderDecoderConfig
 
 

@@ -5,6 +5,7 @@ import math
 from huggingface_hub.dataclasses import strict
 
 from ...skeleton.config import ArchConfig
+from ...skeleton.expert_config import SPARSE
 
 
 @strict
@@ -34,7 +35,7 @@ class ArchHatConfig(ArchConfig):
         "layers.*.feed_forward.up_proj": "colwise",
         "layers.*.feed_forward.down_proj": "rowwise",
     }
-    feed_forward_kinds = ("dense",)
+    feed_forward_kinds = ("dense", *SPARSE)
     pooling = "document"
 
     vocab_size: int = 50265

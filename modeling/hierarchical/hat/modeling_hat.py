@@ -61,8 +61,9 @@ class SegmentView(View):
     def forward(
         self, stream: torch.Tensor, inside: Callable[..., torch.Tensor], attention_mask: LevelMask, **context
     ) -> torch.Tensor:
-        rows = attention_mask.segments.unpack(stream)
-        return attention_mask.segments.repack_into(stream, inside(rows, attention_mask=attention_mask.mask, **context))
+        segments = attention_mask.segments
+        context |= {"attention_mask": attention_mask.mask, "documents": segments.real}
+        return segments.repack_into(stream, inside(segments.unpack(stream), **context))
 
 
 class LeaderView(SegmentView):
@@ -86,10 +87,14 @@ class SegmentedOutput(BaseModelOutputWithPoolingAndCrossAttentions):
         The largest of each number over a document's segments. There is a document per row, unless rows are packed.
     segment_embeddings [documents, segments, size], segment_mask [documents, segments]:
         The leaders of level 0, zero past a document's last segment; 1 where there is one.
+    router_logits, router_choices:
+        Of sparse feed-forwards, over the members of their level; as in `CausalLMOutput`.
     """
 
     segment_embeddings: torch.FloatTensor | None = None
     segment_mask: torch.LongTensor | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+    router_choices: tuple[torch.LongTensor, ...] | None = None
 
 
 class ArchHatModel(Backbone):
@@ -153,6 +158,8 @@ def with_embeddings(outputs: ModelOutput, leaders: Unpacked | EvenlyUnpacked) ->
         attentions=outputs.attentions,
         segment_embeddings=found,
         segment_mask=real.long(),
+        router_logits=outputs.get("router_logits"),
+        router_choices=outputs.get("router_choices"),
     )
 
 

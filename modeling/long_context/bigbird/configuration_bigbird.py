@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 
 from ...ops.random_blocks import BlockChoice
 from ...skeleton.config import ArchConfig
+from ...skeleton.expert_config import SPARSE
 
 
 @strict
@@ -37,7 +38,7 @@ class ArchBigBirdConfig(ArchConfig):
         "layers.*.mixer.o_proj": "rowwise",
     }
     layer_kinds = ("block_sparse_attention", "causal_block_sparse_attention")
-    feed_forward_kinds = ("dense",)
+    feed_forward_kinds = ("dense", *SPARSE)
 
     vocab_size: int = 50358
     hidden_size: int = 768

@@ -6,7 +6,6 @@ from typing import NamedTuple, Unpack
 
 import torch
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from ...layers.compression import COMPRESSIONS
@@ -22,6 +21,7 @@ from ...ops.compressed_memory import (
 from ...ops.reconstruction import last_segments, reconstruction_error, usage_of_rows, usage_of_step
 from ...ops.segment_rows import Projected, SegmentRows, SegmentState, find_rows, follow, remember
 from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
+from ...skeleton.heads import CausalLMOutput
 from ...skeleton.loss import share_of_batch, targets_of
 from ..modeling_segment_recurrence import Reading, SegmentBackbone, SegmentCausalLM, SegmentRecurrence
 from .configuration_compressive_transformer import ArchCompressiveTransformerConfig
@@ -148,7 +148,7 @@ class CompressiveRecurrence(SegmentRecurrence):
 
 
 @dataclass
-class CompressiveCausalLMOutput(MoeCausalLMOutputWithPast):
+class CompressiveCausalLMOutput(CausalLMOutput):
     """`compression_loss`: what the compression loses, the sum over the layers; None where it was not asked for."""
 
     compression_loss: torch.FloatTensor | None = None

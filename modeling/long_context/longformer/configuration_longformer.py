@@ -5,6 +5,7 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 
 from ...skeleton.config import ArchConfig
+from ...skeleton.expert_config import SPARSE
 
 
 @strict
@@ -37,7 +38,7 @@ class ArchLongformerConfig(ArchConfig):
         "layers.*.mixer.o_proj": "rowwise",
     }
     layer_kinds = ("window_attention", "causal_window_attention")
-    feed_forward_kinds = ("dense",)
+    feed_forward_kinds = ("dense", *SPARSE)
 
     vocab_size: int = 50265
     hidden_size: int = 768

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 
 from ...dense.transformer.configuration_transformer import ArchTransformerConfig
+from ...skeleton.expert_config import SPARSE
 
 
 @strict
@@ -27,7 +28,7 @@ class ArchPerformerConfig(ArchTransformerConfig):
 
     model_type = "hf_arch_performer"
     layer_kinds = ("favor", "bidirectional_favor")
-    feed_forward_kinds = ("dense", "gated", "sparse")
+    feed_forward_kinds = ("dense", "gated", *SPARSE)
     layer_kinds_of: ClassVar[dict[str, set[str]]] = {"causal": {"favor"}, "bidirectional": {"bidirectional_favor"}}
 
     direction: Literal["causal", "bidirectional"] = "causal"

@@ -6,6 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.modeling_rope_utils import RopeParameters
 
 from ...skeleton.config import ArchConfig
+from ...skeleton.expert_config import SPARSE
 
 
 @strict
@@ -42,7 +43,7 @@ class ArchRoutingTransformerConfig(ArchConfig):
 
     model_type = "hf_arch_routing_transformer"
     layer_kinds = ("routing", "bidirectional_routing")
-    feed_forward_kinds = ("dense", "gated", "sparse")
+    feed_forward_kinds = ("dense", "gated", *SPARSE)
 
     direction: Literal["causal", "bidirectional"] = "causal"
     num_clusters: int = 32

@@ -6,6 +6,7 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 
 from ...skeleton.config import AttentionConfig
+from ...skeleton.expert_config import SPARSE
 
 
 @strict
@@ -35,7 +36,7 @@ class ArchSparseTransformerConfig(AttentionConfig):
         *("full_attention", "sliding_attention", "strided_attention", "fixed_attention", "dilated_attention"),
         "sink_attention",
     )
-    feed_forward_kinds = ("dense", "gated", "sparse")
+    feed_forward_kinds = ("dense", "gated", *SPARSE)
 
     vocab_size: int = 50257
     hidden_size: int = 768

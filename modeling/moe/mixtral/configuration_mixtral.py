@@ -2,7 +2,8 @@
 
 from huggingface_hub.dataclasses import strict
 
-from ...skeleton.config import EXPERT_PARALLEL, AttentionConfig
+from ...skeleton.config import AttentionConfig
+from ...skeleton.expert_config import EXPERT_PARALLEL
 
 
 @strict
@@ -13,7 +14,7 @@ class ArchMixtralConfig(AttentionConfig):
     """
 
     model_type = "hf_arch_mixtral"
-    base_model_ep_plan = EXPERT_PARALLEL
+    base_model_ep_plan = EXPERT_PARALLEL["sparse"]
     default_theta = 1000000.0
 
     num_local_experts: int | None = 8

@@ -2,6 +2,7 @@
 
 from huggingface_hub.dataclasses import strict
 
+from ...skeleton.expert_config import SPARSE
 from ..configuration_time_invariant import TimeInvariantConfig
 
 
@@ -19,7 +20,7 @@ class ArchH3Config(TimeInvariantConfig):
     base_model_tp_plan = {}
     model_type = "hf_arch_h3"
     layer_kinds = ("h3", "full_attention")
-    feed_forward_kinds = ("dense", "gated", "sparse")
+    feed_forward_kinds = ("dense", "gated", *SPARSE)
 
     state_head_dim: int = 1
     hidden_act: str = "gelu_pytorch_tanh"

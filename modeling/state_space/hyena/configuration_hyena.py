@@ -3,6 +3,7 @@
 from huggingface_hub.dataclasses import strict
 
 from ...skeleton.config import ArchConfig
+from ...skeleton.expert_config import SPARSE
 
 
 @strict
@@ -28,7 +29,7 @@ class ArchHyenaConfig(ArchConfig):
 
     model_type = "hf_arch_hyena"
     layer_kinds = ("hyena", "modal_hyena")
-    feed_forward_kinds = ("dense", "gated", "sparse", "none")
+    feed_forward_kinds = ("dense", "gated", *SPARSE, "none")
 
     num_attention_heads: int = 1
     max_position_embeddings: int = 1024
