@@ -16,7 +16,8 @@ class TopKRouter(nn.Module):
         router(tokens) -> index, weight
 
     for tokens [tokens, size] with the experts that each token takes and how much the answer of each counts, both
-    [tokens, choices]. The choice that no gradient passes is made in `choose`; the logits pass through `record.py`.
+    [tokens, choices]. The choice that no gradient passes is made in `choose`; the logits pass through `record.py`. What
+    tokens took in the end is told to `follow`.
     """
 
     gate_class: type[nn.Linear] = nn.Linear
@@ -31,6 +32,14 @@ class TopKRouter(nn.Module):
         """[tokens, size] -> [tokens, experts], of which softmax makes the probability that an expert is right."""
         return self.gate(tokens)
 
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """Of being right, of each expert, in float32; both [tokens, experts]."""
+        return logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+    def preferences(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """What the greatest numbers are chosen of, both [tokens, experts]; none with a gradient."""
+        return probabilities
+
     def choose(self, scores: torch.Tensor) -> torch.Tensor:
         """[tokens, experts] -> [tokens, choices]"""
         return scores.topk(self.top_k, dim=-1).indices
@@ -41,9 +50,12 @@ class TopKRouter(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = self.logits(self.score(tokens))
-        scores = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        index = self.choose(scores)
-        return index, self.weigh(scores.gather(-1, index)).to(tokens.dtype)
+        probabilities = self.probabilities(logits)
+        index = self.choose(self.preferences(probabilities))
+        return index, self.weigh(probabilities.gather(-1, index)).to(tokens.dtype)
+
+    def follow(self, chosen: torch.Tensor) -> None:
+        """[tokens, choices] as `RouterChoices` records them, of which a router may learn."""
 
 
 class PreciseLinear(nn.Linear):

@@ -77,7 +77,7 @@ def hide(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 def absorbing_is_less_work(queries: int, keys: int, nope: int, dim: int) -> bool:
-    """Whether few enough queries ask of more keys than their own. Then the absorbed form's products with latents, 2 rank
-    for each pair, are no more than what keys and values are made by, rank (nope + dim) for each key, and its scores are
-    at most half as many numbers."""
+    """Whether few enough queries ask of more keys than their own. Then the absorbed form's products with latents, 2
+    rank for each pair, are no more than what keys and values are made by, rank (nope + dim) for each key, and its
+    scores are at most half as many numbers."""
     return queries < keys and 2 * queries <= nope + dim

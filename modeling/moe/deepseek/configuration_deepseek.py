@@ -1,10 +1,18 @@
 """DeepSeek-V2 and V3 (DeepSeek-AI, 2024, arXiv:2405.04434 and arXiv:2412.19437)."""
 
 import math
+from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 
 from ...skeleton.config import AttentionConfig
+from ...skeleton.expert_config import EXPERT_PARALLEL
+
+SHARED_EXPERTS = {
+    "layers.*.feed_forward.shared_experts.gate_proj": "colwise",
+    "layers.*.feed_forward.shared_experts.up_proj": "colwise",
+    "layers.*.feed_forward.shared_experts.down_proj": "rowwise",
+}
 
 
 @strict
@@ -18,6 +26,24 @@ class ArchDeepSeekConfig(AttentionConfig):
     qk_nope_head_dim, qk_rope_head_dim, v_head_dim (`int`, *optional*):
         Widths of a head: of queries and keys without and with positions, and of values. By default hidden_size /
         num_attention_heads, half of it, and as much as the first.
+    num_local_experts, num_experts_per_tok, n_shared_experts, moe_intermediate_size (`int`):
+        Experts of a layer (`n_routed_experts` in the originals), how many of them a token takes, how many more all
+        tokens take, and the width inside one: by default those of a token are together `intermediate_size` wide.
+    first_k_dense_replace (`int`, defaults to 1):
+        How many of the first layers have a dense feed-forward, where `feed_forward_types` does not say.
+    topk_method (`str`, defaults to `"noaux_tc"`):
+        How experts are chosen: `"greedy"`, the likeliest by a softmax; `"group_limited_greedy"`, the same within the
+        `topk_group` best of `n_group` groups (V2); `"noaux_tc"`, by sigmoids and a bias that keeps experts equally
+        busy, within groups (V3).
+    norm_topk_prob (`bool`), routed_scaling_factor (`float`):
+        Whether the weights of a token's experts are made to sum to one, and what they are multiplied by then.
+    router_bias_update_rate (`float`, defaults to 0.001):
+        By how much that bias changes after each optimizer step.
+    sequence_balance_coef (`float`, defaults to 0.0001):
+        Weight of a loss in training that keeps experts equally busy within each document; 0: none.
+    num_nextn_predict_layers (`int`, defaults to 0), mtp_loss_coef (`float`, defaults to 0.1):
+        How many more layers `ForCausalLM` has that each name one token further, for a loss in training of this weight;
+        at inference they are not asked.
     """
 
     model_type = "hf_arch_deepseek"
@@ -28,6 +54,7 @@ class ArchDeepSeekConfig(AttentionConfig):
         "layers.*.mixer.expansion.kv_b_proj": "colwise",
         "layers.*.mixer.o_proj": "rowwise",
     }
+    base_model_ep_plan = EXPERT_PARALLEL["sparse"]
     layer_kinds = ("latent_attention",)
 
     kv_lora_rank: int | None = None
@@ -35,6 +62,19 @@ class ArchDeepSeekConfig(AttentionConfig):
     qk_nope_head_dim: int | None = None
     qk_rope_head_dim: int | None = None
     v_head_dim: int | None = None
+    num_local_experts: int | None = 64
+    num_experts_per_tok: int = 6
+    n_shared_experts: int = 2
+    first_k_dense_replace: int = 1
+    topk_method: Literal["greedy", "group_limited_greedy", "noaux_tc"] = "noaux_tc"
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float | int = 1.0
+    router_bias_update_rate: float | int = 0.001
+    sequence_balance_coef: float | int = 0.0001
+    num_nextn_predict_layers: int = 0
+    mtp_loss_coef: float | int = 0.1
 
     def __post_init__(self, **kwargs):
         if self.qk_nope_head_dim is None and self.hidden_size % self.num_attention_heads == 0:
@@ -45,12 +85,26 @@ class ArchDeepSeekConfig(AttentionConfig):
             self.qk_rope_head_dim = self.qk_rope_head_dim or max(2, width // 4 * 2)
             self.v_head_dim = self.v_head_dim or width
         self.head_dim = self.qk_rope_head_dim  # what positions turn
+        if self.moe_intermediate_size is None:
+            taken = max(1, self.num_experts_per_tok + self.n_shared_experts)
+            self.moe_intermediate_size = max(1, self.intermediate_size // taken)
         super().__post_init__(**kwargs)
+
+    def feed_forward_pattern(self) -> list[str]:
+        dense = min(self.first_k_dense_replace, self.num_hidden_layers)
+        return ["gated"] * dense + ["sparse"] * (self.num_hidden_layers - dense)
 
     def mixer_tp_plan(self) -> dict[str, str]:
         """Of the queries, those that there are."""
         absent = "q_b_proj" if self.q_lora_rank is None else "q_proj"
         return {rule: style for rule, style in super().mixer_tp_plan().items() if not rule.endswith(f".{absent}")}
+
+    def stack_tp_plan(self) -> dict[str, str]:
+        """Also of the shared experts."""
+        plan = super().stack_tp_plan()
+        if "sparse" in self.feed_forward_types and self.n_shared_experts:
+            plan |= SHARED_EXPERTS
+        return plan
 
     @property
     def attention_scaling(self) -> float:
@@ -69,3 +123,26 @@ class ArchDeepSeekConfig(AttentionConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.num_key_value_heads not in (None, self.num_attention_heads):
             raise ValueError("Keys and values are made for every head: leave num_key_value_heads out.")
+        counts = ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers")
+        for name in (*counts, "router_bias_update_rate", "sequence_balance_coef", "mtp_loss_coef"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative.")
+        if self.has_experts:
+            self.validate_groups()
+
+    def validate_groups(self):
+        """Raise ValueError where experts do not make up the groups, or a token finds too few in those that it takes."""
+        experts, groups = self.num_local_experts, self.n_group
+        if groups < 1 or experts % groups:
+            raise ValueError(f"num_local_experts {experts} is not a multiple of n_group {groups}.")
+        if not 1 <= self.topk_group <= groups:
+            raise ValueError(f"topk_group {self.topk_group} is not between 1 and n_group {groups}.")
+        if self.topk_method == "greedy" and self.topk_group != groups:
+            raise ValueError("topk_method 'greedy' knows no groups: take group_limited_greedy, or set both to 1.")
+        if self.topk_method == "noaux_tc" and experts // groups < 2:
+            raise ValueError(f"A group is worth its best two experts: {experts} in {groups} groups are too few.")
+        if self.num_experts_per_tok > self.topk_group * (experts // groups):
+            raise ValueError(
+                f"num_experts_per_tok {self.num_experts_per_tok} is more than the {self.topk_group} groups of "
+                f"{experts // groups} experts that a token takes have."
+            )
