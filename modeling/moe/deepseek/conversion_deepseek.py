@@ -101,10 +101,10 @@ IN_LAYER = (  # their name, ours, and what is done with the rows
     (r"post_attention_layernorm\.weight", "residual.norm.feed_forward.weight", None),
 )
 IN_FURTHER_LAYER = (
-    (r"enorm\.weight", r"mtp.\1.embedding_norm.weight"),
-    (r"hnorm\.weight", r"mtp.\1.hidden_norm.weight"),
-    (r"eh_proj\.weight", r"mtp.\1.projection.weight"),
-    (r"shared_head\.norm\.weight", r"mtp.\1.norm.weight"),
+    (r"enorm\.weight", r"model.mtp.\1.embedding_norm.weight"),
+    (r"hnorm\.weight", r"model.mtp.\1.hidden_norm.weight"),
+    (r"eh_proj\.weight", r"model.mtp.\1.projection.weight"),
+    (r"shared_head\.norm\.weight", r"model.mtp.\1.norm.weight"),
     (r"embed_tokens\.weight", "model.embed_tokens.weight"),
     (r"shared_head\.head\.weight", "lm_head.weight"),
 )
@@ -117,7 +117,10 @@ RULES = (
         Rule(rf"(?:model\.)?layers\.(\d+)\.{theirs}", rf"model.layers.\1.{ours}", change=f)
         for theirs, ours, f in IN_LAYER
     ),
-    *(Rule(rf"mtp\.(\d+)\.{theirs}", where_asked(rf"mtp.\1.layer.{ours}"), change=f) for theirs, ours, f in IN_LAYER),
+    *(
+        Rule(rf"mtp\.(\d+)\.{theirs}", where_asked(rf"model.mtp.\1.layer.{ours}"), change=f)
+        for theirs, ours, f in IN_LAYER
+    ),
     *(Rule(rf"mtp\.(\d+)\.{theirs}", where_asked(ours)) for theirs, ours in IN_FURTHER_LAYER),
     *LLAMA.rules,
 )
