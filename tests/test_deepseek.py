@@ -1,4 +1,4 @@
-"""DeepSeek-V2 and V3 against transformers' own, in float64 at weights where attention and routing are far from uniform."""
+"""DeepSeek-V2 and V3 against transformers' own, in float64 at weights where attention and routing are not uniform."""
 
 import pytest
 import torch
@@ -54,8 +54,7 @@ def exact(monkeypatch):
     kept = torch.Tensor.type
     monkeypatch.setattr(torch.Tensor, "type", lambda x, *told: x if told == (torch.float32,) else kept(x, *told))
     softmax = torch.Tensor.softmax
-    wide = lambda x, dim, dtype=None: softmax(x, dim)  # noqa: E731
-    monkeypatch.setattr(torch.Tensor, "softmax", wide)
+    monkeypatch.setattr(torch.Tensor, "softmax", lambda x, dim, dtype=None: softmax(x, dim))
 
 
 def original(choice: str, head: str = "ForCausalLM", **more):

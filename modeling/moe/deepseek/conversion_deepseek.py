@@ -114,12 +114,12 @@ STACKS = tuple(
 )
 RULES = (
     *(
-        Rule(rf"(?:model\.)?layers\.(\d+)\.{theirs}", rf"model.layers.\1.{ours}", change=f)
-        for theirs, ours, f in IN_LAYER
+        Rule(rf"(?:model\.)?layers\.(\d+)\.{theirs}", rf"model.layers.\1.{ours}", change=change)
+        for theirs, ours, change in IN_LAYER
     ),
     *(
-        Rule(rf"mtp\.(\d+)\.{theirs}", where_asked(rf"model.mtp.\1.layer.{ours}"), change=f)
-        for theirs, ours, f in IN_LAYER
+        Rule(rf"mtp\.(\d+)\.{theirs}", where_asked(rf"model.mtp.\1.layer.{ours}"), change=change)
+        for theirs, ours, change in IN_LAYER
     ),
     *(Rule(rf"mtp\.(\d+)\.{theirs}", where_asked(ours)) for theirs, ours in IN_FURTHER_LAYER),
     *LLAMA.rules,
