@@ -29,13 +29,14 @@ from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
+from hf_arch.modeling.layers.experts import SideBySide
 from hf_arch.modeling.skeleton import heads, loss
 from hf_arch.modeling.skeleton.backbone import Backbone
 from hf_arch.streams import Segments, StatefulTrainer
 from promises import DECODERS, EXACT, MODELS, ROWS, Case, some_tokens
 from training_buffer_toy import ToyConfig, ToyForCausalLM, buffers
 
-CASES = [*MODELS, *(case for case in DECODERS if case.variant in ("t5", "shared"))]
+CASES = [*MODELS, *(case for case in DECODERS if case.variant in ("t5", "shared", "further"))]
 CASES.append(Case(ROWS[0].row, "ForCausalLM", "tied", {"tie_word_embeddings": True, "attention_bias": True}))
 LONGFORMER = next(case.row for case in ROWS if case.row.name == "longformer")
 CASES.append(
@@ -186,8 +187,10 @@ def tensor_parallel(case: Case, folder: Path) -> None:
 def assert_experts_dealt_out(model: nn.Module) -> None:
     """Every process holds whole experts, its share of them."""
     assert_split(model, model.ep_plan)
-    for layer in model.model.layers:
-        assert layer.feed_forward.experts.num_experts == model.config.num_local_experts // dist.get_world_size()
+    dealt_out = [module for module in model.modules() if isinstance(module, SideBySide)]
+    assert dealt_out
+    for experts in dealt_out:
+        assert experts.num_experts == model.config.num_local_experts // dist.get_world_size()
 
 
 def expert_parallel(case: Case, folder: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 
-from ...skeleton.config import AttentionConfig
+from ...skeleton.config import TENSOR_PARALLEL, AttentionConfig
 from ...skeleton.expert_config import EXPERT_PARALLEL
 
 SHARED_EXPERTS = {
@@ -100,11 +100,23 @@ class ArchDeepSeekConfig(AttentionConfig):
         return {rule: style for rule, style in super().mixer_tp_plan().items() if not rule.endswith(f".{absent}")}
 
     def stack_tp_plan(self) -> dict[str, str]:
-        """Also of the shared experts."""
-        plan = super().stack_tp_plan()
-        if "sparse" in self.feed_forward_types and self.n_shared_experts:
-            plan |= SHARED_EXPERTS
-        return plan
+        """Also of the shared experts, and of further layers, which are as the last one of the stack."""
+        parts = TENSOR_PARALLEL
+        if self.n_shared_experts:
+            parts = parts | {"sparse": parts["sparse"] | SHARED_EXPERTS}
+        plan = dict(self.mixer_tp_plan())
+        for kind in self.feed_forward_types:
+            plan |= parts.get(kind, {})
+        return plan | self.of_further_layers(self.mixer_tp_plan() | parts.get(self.feed_forward_types[-1], {}))
+
+    def expert_ep_plan(self) -> dict[str, str]:
+        of_last = EXPERT_PARALLEL.get(self.feed_forward_types[-1], {})
+        return super().expert_ep_plan() | self.of_further_layers(of_last)
+
+    def of_further_layers(self, plan: dict[str, str]) -> dict[str, str]:
+        """Their plan, by that of the last layer."""
+        rules = plan if self.num_nextn_predict_layers else {}
+        return {rule.replace("layers.*", "mtp.*.layer"): style for rule, style in rules.items()}
 
     @property
     def attention_scaling(self) -> float:

@@ -79,7 +79,8 @@ class ArchDeepSeekForCausalLM(CausalLM):
                 targets = targets.masked_fill(later != documents, -100)
             told = {"attention_mask": masks[config.layer_types[-1]], "documents": documents, "layer_idx": number}
             hidden_states = layer(hidden_states, embeddings, **told, **kwargs)
-            losses.append(loss_and_logits(self, hidden_states, labels, 0, shift_labels=targets, **kwargs)[0])
+            told = kwargs | {"shift_labels": targets.contiguous()}
+            losses.append(loss_and_logits(self, hidden_states, labels, 0, **told)[0])
         return losses
 
 

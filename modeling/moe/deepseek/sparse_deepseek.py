@@ -60,10 +60,10 @@ class CorrectionBias(TrainingBuffer):
         return value + self.rate * (seen.mean() - seen).sign()
 
     def _apply(self, fn, *args, **kwargs):
-        """A model that becomes narrower leaves this as wide as it is: a step would be lost in rounding."""
+        """A model of another type leaves this as it is: in a narrow one a step would be lost in rounding."""
         before = self.value
         super()._apply(fn, *args, **kwargs)
-        if self.value.is_floating_point() and self.value.itemsize < before.itemsize:
+        if self.value.dtype != before.dtype:
             self.value = before.to(self.value.device)
         return self
 
