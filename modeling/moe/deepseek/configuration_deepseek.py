@@ -140,9 +140,9 @@ class ArchDeepSeekConfig(AttentionConfig):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative.")
         if self.has_experts:
-            self.validate_groups()
+            self.check_groups()
 
-    def validate_groups(self):
+    def check_groups(self):
         """Raise ValueError where experts do not make up the groups, or a token finds too few in those that it takes."""
         experts, groups = self.num_local_experts, self.n_group
         if groups < 1 or experts % groups:

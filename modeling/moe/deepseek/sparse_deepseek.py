@@ -34,6 +34,8 @@ class GroupLimitedRouter(GreedyRouter):
     """The same within the best groups of experts: those with the likeliest one (section 2.2.2)."""
 
     def preferences(self, probabilities):
+        if self.groups_taken == self.num_groups:
+            return probabilities
         grouped = probabilities.unflatten(-1, (self.num_groups, -1))
         best = self.worth(grouped).topk(self.groups_taken, dim=-1).indices
         taken = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best, True)
