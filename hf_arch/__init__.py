@@ -20,6 +20,7 @@ LATER = {  # transformers' Trainer and collators take seconds to import
     "SpanCorruptionCollator": "collators",
     "Segments": "streams",
     "StatefulTrainer": "streams",
+    "describe": "description",
     "WholeWordMaskCollator": "collators",
 }
 
@@ -40,6 +41,7 @@ __all__ = [
     "StatefulTrainer",
     "WholeWordMaskCollator",
     "convert",
+    "describe",
     "distill",
     "export",
     "find",
