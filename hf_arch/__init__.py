@@ -2,26 +2,31 @@
 
 import importlib
 
+from hf_arch.architecture import Architecture
 from hf_arch.attention import register_attention, window_cache
-from hf_arch.catalogue import ARCHITECTURES, Architecture, find, register
+from hf_arch.catalogue import ARCHITECTURES, find
 from hf_arch.convert import convert
 from hf_arch.distill import distill
 from hf_arch.export import export, push_to_hub
 from hf_arch.groups import parameter_groups
 from hf_arch.lora import lora_config, register_targets
+from hf_arch.registration import register
 from hf_arch.states import fork, load_state, save_state
 
 register()
 register_targets()
 
-LATER = {  # transformers' Trainer and collators take seconds to import
+LATER = {  # transformers' Trainer and collators, and matplotlib, take seconds to import
     "ContrastiveCollator": "collators",
     "PrefixLMCollator": "collators",
+    "RoutingCallback": "routing",
+    "RoutingStatistics": "routing",
     "SpanCorruptionCollator": "collators",
     "Segments": "streams",
     "StatefulTrainer": "streams",
     "describe": "description",
     "WholeWordMaskCollator": "collators",
+    "routing_statistics": "routing",
 }
 
 
@@ -36,6 +41,8 @@ __all__ = [
     "Architecture",
     "ContrastiveCollator",
     "PrefixLMCollator",
+    "RoutingCallback",
+    "RoutingStatistics",
     "Segments",
     "SpanCorruptionCollator",
     "StatefulTrainer",
@@ -51,6 +58,7 @@ __all__ = [
     "parameter_groups",
     "push_to_hub",
     "register_attention",
+    "routing_statistics",
     "save_state",
     "window_cache",
 ]

@@ -11,7 +11,7 @@ import symtable
 from collections.abc import Iterable
 from pathlib import Path
 
-from hf_arch.catalogue import Architecture
+from hf_arch.architecture import Architecture
 
 HEADER = """# SPDX-License-Identifier: Apache-2.0
 # Joined by hf_arch from its sources. They are the place for changes; this file is written anew at every export.

@@ -7,7 +7,7 @@ from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
-from hf_arch.catalogue import AUTO_CLASSES, Architecture
+from hf_arch.architecture import AUTO_CLASSES, Architecture
 
 PIPELINES = {
     "Model": "feature-extraction",

@@ -1,83 +1,14 @@
-"""The whole zoo on one page: a row per architecture, registered with transformers at `import hf_arch`."""
+"""The whole zoo on one page: a row per architecture."""
 
 import difflib
-import importlib
-from dataclasses import dataclass, field
 
-import transformers
+from hf_arch.architecture import DECODER, ENCODER, ENCODER_DECODER, Architecture
 
-AUTO_CLASSES = {
-    "Model": "AutoModel",
-    "EncoderModel": "AutoModelForTextEncoding",
-    "ForCausalLM": "AutoModelForCausalLM",
-    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
-    "ForMaskedLM": "AutoModelForMaskedLM",
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForTokenClassification": "AutoModelForTokenClassification",
-    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
-    "ForMultipleChoice": "AutoModelForMultipleChoice",
-}
-
-DECODER = ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
-ENCODER_DECODER = (
-    "Model",
-    "EncoderModel",
-    "ForConditionalGeneration",
-    "ForSequenceClassification",
-    "ForTokenClassification",
-    "ForQuestionAnswering",
-)
 FULL_ATTENTION = {
     "bounded state": "Full attention looks at every earlier key: the cache grows with the text.",
     "bounded step": "And so does a step.",
     "linear cost": "Full attention compares all pairs of tokens.",
 }
-SETS_OF_HEADS = {"decoder": DECODER, "encoder-decoder": ENCODER_DECODER}
-
-TINY = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-}
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One row: where an architecture lives, what it serves, and which promises its mathematics cannot keep."""
-
-    name: str  # its folder in modeling/<family>, and the end of its model_type
-    prefix: str  # of its classes: ArchRetNet -> ArchRetNetConfig, ArchRetNetModel, ArchRetNetForCausalLM
-    family: str  # dense, hierarchical, long_context, moe, state_space
-    title: str  # what people call it
-    paper: str
-    heads: tuple[str, ...] = DECODER
-    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    tiny: dict = field(default_factory=dict)  # fields of its tiny config, beside those that all have
-    head_fields: dict[str, dict] = field(default_factory=dict)  # what a head asks of the config
-    processor: bool = False  # whether its folder has a processing_<name>.py, registered with AutoProcessor
-    exceptions: dict[str, str] = field(default_factory=dict)  # promise -> the mathematical reason that it cannot hold
-
-    @property
-    def model_type(self) -> str:
-        return f"hf_arch_{self.name}"
-
-    def load(self, suffix: str) -> type:
-        """The class of `suffix`: "Config", "Model" or a head such as "ForCausalLM", or "Processor"."""
-        suffixes = ("Config", *self.heads, *(("Processor",) if self.processor else ()))
-        if suffix not in suffixes:
-            raise ValueError(f"{self.name} has no {suffix}; it has {', '.join(suffixes)}.")
-        kind = {"Config": "configuration", "Processor": "processing"}.get(suffix, "modeling")
-        module = importlib.import_module(f"hf_arch.modeling.{self.family}.{self.name}.{kind}_{self.name}")
-        return getattr(module, self.prefix + suffix)
-
-    def tiny_config(self, head: str = "Model", **overrides):
-        """A config for tests: two layers, a vocabulary of 96, every part of the architecture in use."""
-        return self.load("Config")(**(TINY | self.tiny | self.head_fields.get(head, {}) | overrides))
-
 
 ARCHITECTURES = (
     Architecture(
@@ -239,10 +170,7 @@ ARCHITECTURES = (
         family="long_context",
         title="Longformer",
         paper="arXiv:2004.05150",
-        heads=(
-            *("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification"),
-            *("ForQuestionAnswering", "ForMultipleChoice", "ForCausalLM"),
-        ),
+        heads=(*ENCODER, "ForCausalLM"),
         lora_targets=(
             *("q_proj", "k_proj", "v_proj", "o_proj", "q_global_proj", "k_global_proj", "v_global_proj"),
             *("up_proj", "down_proj"),
@@ -286,10 +214,7 @@ ARCHITECTURES = (
         family="long_context",
         title="BigBird",
         paper="arXiv:2007.14062",
-        heads=(
-            *("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification"),
-            *("ForQuestionAnswering", "ForMultipleChoice", "ForCausalLM"),
-        ),
+        heads=(*ENCODER, "ForCausalLM"),
         lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"),
         tiny={"block_size": 4, "num_random_blocks": 2},
         head_fields={"ForCausalLM": {"direction": "causal", "tie_word_embeddings": False}},
@@ -355,38 +280,3 @@ def find(name: str) -> Architecture:
             f"No architecture is called {name!r}. Did you mean {', '.join(near)}? `hf-arch list` shows all."
         )
     return rows[key]
-
-
-def register() -> None:
-    """Make every architecture known to the Auto classes. Does nothing the second time, and overrides no one."""
-    for row in ARCHITECTURES:
-        config = row.load("Config")
-        if row.model_type not in transformers.models.auto.configuration_auto.CONFIG_MAPPING:
-            transformers.AutoConfig.register(row.model_type, config)
-        if "ForCausalLM" in row.heads:  # Trainer's label smoothing shifts the labels of the classes named here only
-            names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-            names.setdefault(row.model_type, f"{row.prefix}ForCausalLM")
-        if row.processor and config not in transformers.models.auto.processing_auto.PROCESSOR_MAPPING:
-            transformers.AutoProcessor.register(config, row.load("Processor"))
-        for head in row.heads:
-            auto = getattr(transformers, AUTO_CLASSES[head])
-            if config not in auto._model_mapping:
-                auto.register(config, row.load(head))
-
-
-def markdown() -> str:
-    """The catalogue as the README shows it."""
-    lines = ["| architecture | name | paper | heads | cannot keep |", "|---|---|---|---|---|"]
-    for row in ARCHITECTURES:
-        paper = f"[{row.paper}](https://arxiv.org/abs/{row.paper.removeprefix('arXiv:')})"
-        broken = " ".join(f"**{promise}**: {reason}" for promise, reason in row.exceptions.items()) or "-"
-        lines.append(f"| {row.title} ({row.family}) | `{row.name}` | {paper} | {heads_in_words(row)} | {broken} |")
-    sets = (f"{name}: {', '.join(heads)}" for name, heads in SETS_OF_HEADS.items())
-    return "\n".join([*lines, "", f"Heads of a {'; of an '.join(sets)}."])
-
-
-def heads_in_words(row: Architecture) -> str:
-    for name, heads in SETS_OF_HEADS.items():
-        if set(heads) <= set(row.heads):
-            return ", ".join([name, *(head for head in row.heads if head not in heads)])
-    return ", ".join(row.heads)

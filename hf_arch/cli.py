@@ -5,9 +5,9 @@ import importlib
 import sys
 
 from hf_arch import ARCHITECTURES
-from hf_arch.catalogue import markdown
 from hf_arch.convert import convert
 from hf_arch.export import export, push_to_hub
+from hf_arch.listing import markdown
 
 
 def main(arguments: list[str] | None = None) -> int:

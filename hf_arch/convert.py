@@ -31,7 +31,8 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
-from hf_arch.catalogue import ARCHITECTURES, Architecture, find
+from hf_arch.architecture import Architecture
+from hf_arch.catalogue import ARCHITECTURES, find
 from hf_arch.export import TOKENIZER_FILES
 from hf_arch.modeling.skeleton.conversion import Conversion
 from hf_arch.publish import staged

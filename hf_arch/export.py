@@ -16,9 +16,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, PROCESSOR_NAME
 
+from hf_arch.architecture import AUTO_CLASSES, Architecture
 from hf_arch.bundle import bundle
 from hf_arch.card import model_card
-from hf_arch.catalogue import ARCHITECTURES, AUTO_CLASSES, Architecture
+from hf_arch.catalogue import ARCHITECTURES
 from hf_arch.publish import is_weights, staged
 
 CARD = "README.md"

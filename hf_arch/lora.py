@@ -6,7 +6,8 @@ from peft.utils import constants
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_arch.catalogue import ARCHITECTURES, Architecture, find
+from hf_arch.architecture import Architecture
+from hf_arch.catalogue import ARCHITECTURES, find
 
 ROUTER = "gate"  # of sparse feed-forwards, which any architecture may have
 TASKS = {

@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 
 from alone import answer
 from hf_arch import ARCHITECTURES, find
-from hf_arch.catalogue import AUTO_CLASSES
+from hf_arch.architecture import AUTO_CLASSES
 from hf_arch.export import push_to_hub
 from promises import Case
 

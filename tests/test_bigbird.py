@@ -173,7 +173,10 @@ def test_what_cannot_be():
         ({"block_size": 0}, "block_size is 0; it must be at least 1"),
         ({"num_random_blocks": -1}, "must be at least 0"),
         ({"direction": "causal", "num_extra_global_tokens": 2}, "which is the future"),
-        ({"direction": "causal", "layer_types": ["block_sparse_attention"] * 2}, "causal_block_sparse_attention only"),
+        (
+            {"direction": "causal", "layer_types": ["block_sparse_attention"] * 2},
+            "causal_block_sparse_attention, not block_sparse_attention",
+        ),
     ):
         with pytest.raises(StrictDataclassError, match=said):
             ROW.tiny_config(**fields)

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from alone import answer, ask_alone
 from hf_arch import find
+from hf_arch.architecture import AUTO_CLASSES
 from hf_arch.bundle import in_order, join, refuse_collisions
-from hf_arch.catalogue import AUTO_CLASSES
 from hf_arch.export import export
 from promises import EXACT, HEADS, Case
 

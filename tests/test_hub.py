@@ -12,7 +12,7 @@ import yaml
 
 from alone import ask_alone
 from hf_arch import ARCHITECTURES
-from hf_arch.catalogue import AUTO_CLASSES
+from hf_arch.architecture import AUTO_CLASSES
 from hub_server import serving
 from promises import EXACT
 

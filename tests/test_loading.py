@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import hf_arch
-from hf_arch.catalogue import AUTO_CLASSES, register
+from hf_arch.architecture import AUTO_CLASSES
+from hf_arch.registration import register
 from promises import EXACT, inputs_and_labels
 
 GOLDENS = Path(__file__).parent / "goldens"

@@ -240,7 +240,7 @@ def test_a_decoder_has_its_own_global_tokens():
     model, tokens = build("ForCausalLM"), some_tokens()
     with pytest.raises(ValueError, match="set num_global_tokens in the config"):
         model(tokens, global_attention_mask=torch.ones_like(tokens))
-    with pytest.raises(StrictDataclassError, match="layers of type causal_window_attention only"):
+    with pytest.raises(StrictDataclassError, match="causal_window_attention, not window_attention"):
         ROW.tiny_config(direction="causal", layer_types=["window_attention"] * 2)
     with pytest.raises(ValueError, match="ForCausalLM, or a causal one|take ForMaskedLM"):
         ROW.load("ForCausalLM")(ROW.tiny_config())

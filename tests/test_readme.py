@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from hf_arch.catalogue import markdown
+from hf_arch.listing import markdown
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

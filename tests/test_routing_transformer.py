@@ -248,7 +248,7 @@ def test_with_sqrt_n_clusters_the_cost_grows_as_n_to_the_three_halves():
         ({"centroid_decay": 1.5}, "centroid_decay is 1.5"),
         ({"head_dim": 7}, "head_dim 7 must be even"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "not default"),
-        ({"direction": "bidirectional", "layer_types": ["routing"] * 2}, "bidirectional_routing only"),
+        ({"direction": "bidirectional", "layer_types": ["routing"] * 2}, "bidirectional_routing, not routing"),
     ],
 )
 def test_contradictory_configs_fail(fields, said):

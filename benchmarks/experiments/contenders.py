@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from hf_arch.catalogue import ARCHITECTURES, Architecture
+from hf_arch.architecture import Architecture
+from hf_arch.catalogue import ARCHITECTURES
 
 WINDOW = 16  # of the contender that sees nothing else: what it solves needs no memory
 HASHED = {"lsh_attn_chunk_length": 8, "local_attn_chunk_length": 8, "num_buckets": 16}

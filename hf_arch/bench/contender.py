@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from hf_arch.architecture import Architecture
 from hf_arch.bench.environments import python_of
 from hf_arch.bench.floors import on_paper
 from hf_arch.bench.peers import DECODE, FORWARD, Peer
 from hf_arch.bench.process import Worker, WorkerFailed, Workers
 from hf_arch.bench.results import exponent
 from hf_arch.bench.settings import Settings
-from hf_arch.catalogue import Architecture
 
 START_SECONDS = 900  # to import and build, on a machine that does much else
 

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from hf_arch.catalogue import Architecture
+from hf_arch.architecture import Architecture
 
 FORWARD = ("forward", "training")
 DECODE = ("step", "generate")

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+from hf_arch.architecture import Architecture
 from hf_arch.bench import report
 from hf_arch.bench.contender import head_of, start
 from hf_arch.bench.environments import python_of
@@ -13,7 +14,7 @@ from hf_arch.bench.process import Workers
 from hf_arch.bench.race import race, weigh
 from hf_arch.bench.results import Result, load, this_machine
 from hf_arch.bench.settings import MEASURES, UNBOUNDED_CONTEXT, Settings, settings_for
-from hf_arch.catalogue import ARCHITECTURES, Architecture, find
+from hf_arch.catalogue import ARCHITECTURES, find
 
 
 def run(

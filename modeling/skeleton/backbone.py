@@ -158,18 +158,18 @@ class Backbone(ArchPreTrainedModel):
             hidden_states = hidden_states + self.embed_segments(segments)
         hidden_states, position_embeddings = self.embed_positions(hidden_states, position_ids)
 
+        context = kwargs | {"documents": masks.get("documents")}
         stream = self.residual.enter(self.dropout(self.embed_norm(hidden_states)))
         for layer_idx, (group, kind) in enumerate(self.calls):
             stream = self.layers[group](
                 stream,
                 encoder_hidden_states,
                 attention_mask=masks[kind],
-                documents=masks.get("documents"),
                 key_positions=masks.get(f"{kind}_key_positions"),
                 position_embeddings=position_embeddings,
                 layer_idx=layer_idx,
                 past_key_values=past_key_values,
-                **kwargs,
+                **context,
             )
         hidden_states = self.norm(self.residual.leave(stream).to(hidden_states.dtype))
         return MoeModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
@@ -193,7 +193,8 @@ class Backbone(ArchPreTrainedModel):
             given["biased"] = self.embed_positions.biased
             masks[kind] = makers[kind](**given, **told, **context)
         if self.reads_documents:
-            masks["documents"] = number_documents(self.config, inputs_embeds, **told)
+            numbers = context.get("documents")
+            masks["documents"] = number_documents(self.config, inputs_embeds, **told) if numbers is None else numbers
         if self.embed_positions.biased and not all_straight(inputs_embeds, **told):
             for kind, layer_idx in self.kinds.items():
                 masks[f"{kind}_key_positions"] = key_positions(inputs_embeds, layer_idx, **told)

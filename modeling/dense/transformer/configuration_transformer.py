@@ -5,10 +5,11 @@ from typing import ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 
 from ...skeleton.config import AttentionConfig
+from ...skeleton.directed import DirectedConfig
 
 
 @strict
-class ArchTransformerConfig(AttentionConfig):
+class ArchTransformerConfig(AttentionConfig, DirectedConfig):
     """The default is a Llama: causal, RMSNorm before each sub-layer, rotary positions, SwiGLU.
 
     direction (`str`, defaults to `"causal"`):
@@ -32,10 +33,10 @@ class ArchTransformerConfig(AttentionConfig):
 
     model_type = "hf_arch_transformer"
     layer_kinds = ("full_attention", "sliding_attention", "bidirectional_attention")
-    layer_kinds_of: ClassVar[dict[str, set[str]]] = {
-        "causal": {"full_attention", "sliding_attention"},
-        "prefix": {"full_attention"},
-        "bidirectional": {"bidirectional_attention"},
+    layer_kinds_of: ClassVar[dict[str, tuple[str, ...]]] = {
+        "causal": ("full_attention", "sliding_attention"),
+        "prefix": ("full_attention",),
+        "bidirectional": ("bidirectional_attention",),
     }
 
     direction: Literal["causal", "bidirectional", "prefix"] = "causal"
@@ -47,21 +48,9 @@ class ArchTransformerConfig(AttentionConfig):
     attention_scaling: float | int | None = None
     num_hidden_groups: int | None = None
 
-    def __post_init__(self, **kwargs):
-        if self.direction == "bidirectional":
-            self.use_cache = False
-        super().__post_init__(**kwargs)
-
     def mixer_tp_plan(self) -> dict[str, str]:
         biased = self.position_type in ("alibi", "t5")  # a bias per head does not follow the heads to their shards
         return {} if biased else super().mixer_tp_plan()
-
-    def layer_pattern(self) -> list[str]:
-        return ["bidirectional_attention" if self.direction == "bidirectional" else "full_attention"]
-
-    @property
-    def pooling(self) -> str:
-        return "first" if self.direction == "bidirectional" else "last"
 
     @property
     def turns_pairs(self) -> bool:
@@ -74,11 +63,6 @@ class ArchTransformerConfig(AttentionConfig):
 
     def validate_architecture(self):
         super().validate_architecture()
-        allowed = self.layer_kinds_of[self.direction]
-        if wrong := set(self.layer_types) - allowed:
-            raise ValueError(
-                f"direction {self.direction!r} has layers of type {', '.join(sorted(allowed))}, not {', '.join(wrong)}."
-            )
         if self.attention_scaling is not None and self.attention_scaling <= 0:
             raise ValueError(f"attention_scaling is {self.attention_scaling}; it must be positive.")
         if self.position_type == "sinusoidal" and self.hidden_size % 2:

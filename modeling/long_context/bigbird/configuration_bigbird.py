@@ -5,12 +5,12 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 
 from ...ops.random_blocks import BlockChoice
-from ...skeleton.config import ArchConfig
+from ...skeleton.directed import DirectedConfig
 from ...skeleton.expert_config import SPARSE
 
 
 @strict
-class ArchBigBirdConfig(ArchConfig):
+class ArchBigBirdConfig(DirectedConfig):
     """
     direction (`str`, defaults to `"bidirectional"`):
         `"bidirectional"`, an encoder; `"causal"`, a decoder.
@@ -38,6 +38,7 @@ class ArchBigBirdConfig(ArchConfig):
         "layers.*.mixer.o_proj": "rowwise",
     }
     layer_kinds = ("block_sparse_attention", "causal_block_sparse_attention")
+    layer_kinds_of = {"bidirectional": ("block_sparse_attention",), "causal": ("causal_block_sparse_attention",)}
     feed_forward_kinds = ("dense", *SPARSE)
 
     vocab_size: int = 50358
@@ -64,18 +65,9 @@ class ArchBigBirdConfig(ArchConfig):
     bos_token_id: int | None = 1
 
     def __post_init__(self, **kwargs):
-        if self.direction == "bidirectional":
-            self.use_cache = False
         if self.num_global_blocks is None:
             self.num_global_blocks = 0 if self.num_extra_global_tokens else 1
         super().__post_init__(**kwargs)
-
-    def layer_pattern(self) -> list[str]:
-        return ["block_sparse_attention" if self.direction == "bidirectional" else "causal_block_sparse_attention"]
-
-    @property
-    def pooling(self) -> str:
-        return "first" if self.direction == "bidirectional" else "last"
 
     @property
     def block_choice(self) -> BlockChoice:
@@ -85,8 +77,6 @@ class ArchBigBirdConfig(ArchConfig):
 
     def validate_architecture(self):
         super().validate_architecture()
-        if set(self.layer_types) != set(self.layer_pattern()):
-            raise ValueError(f"direction {self.direction!r} has layers of type {self.layer_pattern()[0]} only.")
         least = {"block_size": 1, "num_window_blocks": 1, "num_random_blocks": 0, "num_global_blocks": 0}
         for name, number in (least | {"num_extra_global_tokens": 0, "random_seed": 0}).items():
             if getattr(self, name) < number:

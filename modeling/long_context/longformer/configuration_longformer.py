@@ -4,12 +4,12 @@ from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 
-from ...skeleton.config import ArchConfig
+from ...skeleton.directed import DirectedConfig
 from ...skeleton.expert_config import SPARSE
 
 
 @strict
-class ArchLongformerConfig(ArchConfig):
+class ArchLongformerConfig(DirectedConfig):
     """
     direction (`str`, defaults to `"bidirectional"`):
         `"bidirectional"`, an encoder; `"causal"`, a decoder, whose memory is as large as its windows.
@@ -38,6 +38,7 @@ class ArchLongformerConfig(ArchConfig):
         "layers.*.mixer.o_proj": "rowwise",
     }
     layer_kinds = ("window_attention", "causal_window_attention")
+    layer_kinds_of = {"bidirectional": ("window_attention",), "causal": ("causal_window_attention",)}
     feed_forward_kinds = ("dense", *SPARSE)
 
     vocab_size: int = 50265
@@ -60,21 +61,9 @@ class ArchLongformerConfig(ArchConfig):
     bos_token_id: int | None = 0
     sep_token_id: int | None = 2
 
-    def __post_init__(self, **kwargs):
-        if self.direction == "bidirectional":
-            self.use_cache = False
-        super().__post_init__(**kwargs)
-
     def mixer_tp_plan(self) -> dict[str, str]:
         plan = super().mixer_tp_plan()
         return plan if self.direction == "bidirectional" else {k: v for k, v in plan.items() if "_global_" not in k}
-
-    def layer_pattern(self) -> list[str]:
-        return ["window_attention" if self.direction == "bidirectional" else "causal_window_attention"]
-
-    @property
-    def pooling(self) -> str:
-        return "first" if self.direction == "bidirectional" else "last"
 
     def of_layer(self, name: str, layer_idx: int) -> int:
         """`attention_window` or `attention_dilation` of a layer."""
@@ -88,8 +77,6 @@ class ArchLongformerConfig(ArchConfig):
 
     def validate_architecture(self):
         super().validate_architecture()
-        if set(self.layer_types) != set(self.layer_pattern()):
-            raise ValueError(f"direction {self.direction!r} has layers of type {self.layer_pattern()[0]} only.")
         for name, least in (("attention_window", 2), ("attention_dilation", 1)):
             value = getattr(self, name)
             values = [value] if isinstance(value, int) else value

@@ -1,7 +1,7 @@
 """Performer (Choromanski et al., 2020, arXiv:2009.14794)."""
 
 import math
-from typing import ClassVar, Literal
+from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 
@@ -29,7 +29,7 @@ class ArchPerformerConfig(ArchTransformerConfig):
     model_type = "hf_arch_performer"
     layer_kinds = ("favor", "bidirectional_favor")
     feed_forward_kinds = ("dense", "gated", *SPARSE)
-    layer_kinds_of: ClassVar[dict[str, set[str]]] = {"causal": {"favor"}, "bidirectional": {"bidirectional_favor"}}
+    layer_kinds_of = {"causal": ("favor",), "bidirectional": ("bidirectional_favor",)}
 
     direction: Literal["causal", "bidirectional"] = "causal"
     position_type: Literal["none", "sinusoidal", "learned", "rope"] = "rope"
@@ -43,9 +43,6 @@ class ArchPerformerConfig(ArchTransformerConfig):
         super().__post_init__(**kwargs)
         if self.num_features is None and self.head_dim:
             self.num_features = 16 * max(1, int(self.head_dim * math.log(self.head_dim) / 16))
-
-    def layer_pattern(self) -> list[str]:
-        return ["bidirectional_favor" if self.direction == "bidirectional" else "favor"]
 
     def validate_architecture(self):
         super().validate_architecture()

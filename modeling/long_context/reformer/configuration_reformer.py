@@ -5,11 +5,11 @@ from typing import ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 
-from ...skeleton.config import ArchConfig
+from ...skeleton.directed import DirectedConfig
 
 
 @strict
-class ArchReformerConfig(ArchConfig):
+class ArchReformerConfig(DirectedConfig):
     """
     layer_types (`list[str]`, *optional*):
         `"local_attention"` and `"lsh_attention"`, by default in turns: attention to near tokens, and to those that hash
@@ -42,7 +42,6 @@ class ArchReformerConfig(ArchConfig):
 
     tie_last_hidden_states: ClassVar[bool] = False  # those of layers are one stream, what the stack answers is both
 
-    direction: Literal["causal", "bidirectional"] = "causal"
     bucketing: Literal["ranked", "sorted"] | None = None
     lsh_attn_chunk_length: int = 64
     local_attn_chunk_length: int = 64
@@ -75,10 +74,6 @@ class ArchReformerConfig(ArchConfig):
     @property
     def output_size(self) -> int:
         return 2 * self.hidden_size
-
-    @property
-    def pooling(self) -> str:
-        return "first" if self.direction == "bidirectional" else "last"
 
     @property
     def bucket_factors(self) -> list[int]:

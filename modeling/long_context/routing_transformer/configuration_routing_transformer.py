@@ -5,12 +5,12 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers.modeling_rope_utils import RopeParameters
 
-from ...skeleton.config import ArchConfig
+from ...skeleton.directed import DirectedConfig
 from ...skeleton.expert_config import SPARSE
 
 
 @strict
-class ArchRoutingTransformerConfig(ArchConfig):
+class ArchRoutingTransformerConfig(DirectedConfig):
     """
     direction (`str`, defaults to `"causal"`):
         `"causal"`: a token joins the cluster whose centroid is nearest to it, and sees those before it that did, which
@@ -43,9 +43,9 @@ class ArchRoutingTransformerConfig(ArchConfig):
 
     model_type = "hf_arch_routing_transformer"
     layer_kinds = ("routing", "bidirectional_routing")
+    layer_kinds_of = {"causal": ("routing",), "bidirectional": ("bidirectional_routing",)}
     feed_forward_kinds = ("dense", "gated", *SPARSE)
 
-    direction: Literal["causal", "bidirectional"] = "causal"
     num_clusters: int = 32
     cluster_size: int = 128
     num_local_heads: int | list[int] | None = None
@@ -59,20 +59,11 @@ class ArchRoutingTransformerConfig(ArchConfig):
     norm_eps: float = 1e-5
 
     def __post_init__(self, **kwargs):
-        if self.direction == "bidirectional":
-            self.use_cache = False
         if self.head_dim is None and self.hidden_size % self.num_attention_heads == 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_local_heads is None:
             self.num_local_heads = self.num_attention_heads // 2
         super().__post_init__(**kwargs)
-
-    def layer_pattern(self) -> list[str]:
-        return ["bidirectional_routing" if self.direction == "bidirectional" else "routing"]
-
-    @property
-    def pooling(self) -> str:
-        return "first" if self.direction == "bidirectional" else "last"
 
     def local_heads(self, layer_idx: int) -> int:
         """How many heads of a layer are local; they come first."""
@@ -81,8 +72,6 @@ class ArchRoutingTransformerConfig(ArchConfig):
 
     def validate_architecture(self):
         super().validate_architecture()
-        if set(self.layer_types) != set(self.layer_pattern()):
-            raise ValueError(f"direction {self.direction!r} has layers of type {self.layer_pattern()[0]} only.")
         for name, least in (("num_clusters", 1), ("cluster_size", 2), ("local_window", 2), ("head_dim", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}.")

@@ -45,7 +45,7 @@ class ArchHybridConfig(ArchTransformerConfig):
 
     model_type = "hf_arch_hybrid"
     layer_kinds = ("full_attention", "sliding_attention", *CONFIGS)
-    layer_kinds_of = {"causal": set(layer_kinds)}
+    layer_kinds_of = {"causal": layer_kinds}
     feed_forward_kinds = (*ArchConfig.feed_forward_kinds, "none")
 
     sliding_window: int | None = 2048

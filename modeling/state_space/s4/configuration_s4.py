@@ -4,11 +4,12 @@ from typing import ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 
+from ...skeleton.directed import DirectedConfig
 from ..configuration_time_invariant import TimeInvariantConfig
 
 
 @strict
-class ArchS4Config(TimeInvariantConfig):
+class ArchS4Config(TimeInvariantConfig, DirectedConfig):
     """
     layer_types (`list[str]`, *optional*):
         `"s4d"`, a diagonal state space, by default; `"s4"`, a diagonal one plus a matrix of rank one, which begins as
@@ -23,15 +24,5 @@ class ArchS4Config(TimeInvariantConfig):
     layer_kinds = ("s4d", "s4")
     feed_forward_kinds: ClassVar[tuple[str, ...]] = ("none", *TimeInvariantConfig.feed_forward_kinds)
 
-    direction: Literal["causal", "bidirectional"] = "causal"
     discretization: Literal["zoh", "bilinear"] = "zoh"
     num_attention_heads: int = 1
-
-    def __post_init__(self, **kwargs):
-        if self.direction == "bidirectional":
-            self.use_cache = False
-        super().__post_init__(**kwargs)
-
-    @property
-    def pooling(self) -> str:
-        return "first" if self.direction == "bidirectional" else "last"

@@ -1,0 +1,23 @@
+"""The catalogue, made known to transformers at `import hf_arch`."""
+
+import transformers
+
+from hf_arch.architecture import AUTO_CLASSES
+from hf_arch.catalogue import ARCHITECTURES
+
+
+def register() -> None:
+    """Make every architecture known to the Auto classes. Does nothing the second time, and overrides no one."""
+    for row in ARCHITECTURES:
+        config = row.load("Config")
+        if row.model_type not in transformers.models.auto.configuration_auto.CONFIG_MAPPING:
+            transformers.AutoConfig.register(row.model_type, config)
+        if "ForCausalLM" in row.heads:  # Trainer's label smoothing shifts the labels of the classes named here only
+            names = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+            names.setdefault(row.model_type, f"{row.prefix}ForCausalLM")
+        if row.processor and config not in transformers.models.auto.processing_auto.PROCESSOR_MAPPING:
+            transformers.AutoProcessor.register(config, row.load("Processor"))
+        for head in row.heads:
+            auto = getattr(transformers, AUTO_CLASSES[head])
+            if config not in auto._model_mapping:
+                auto.register(config, row.load(head))
