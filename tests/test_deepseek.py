@@ -6,6 +6,7 @@ import transformers
 from originals import LLAMA, scaled_up
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
+from transformers.modeling_layers import MtpLayer
 from transformers.models.deepseek_v2 import modeling_deepseek_v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
@@ -189,3 +190,29 @@ def test_layers_of_multi_token_prediction_are_taken_over_where_asked_for(tmp_pat
     model = hf_arch.convert(tmp_path, "deepseek", head="Model", num_nextn_predict_layers=1)
     assert not [name for name in model.state_dict() if "mtp" in name]
     assert theirs.config.num_mtp_layers == 1
+
+
+def test_the_loss_of_a_further_token_is_that_of_transformers(tmp_path):
+    theirs, tokens = with_further_layer(tmp_path).double(), some_tokens(length=30) % 61
+    weights = load_file(tmp_path / "model.safetensors")
+    layer = MtpLayer(
+        theirs.config, modeling_deepseek_v3.DeepseekV3DecoderLayer, modeling_deepseek_v3.DeepseekV3RMSNorm, 2
+    )
+    block = {f"mtp_block.{name}": 0.5 * tensor for name, tensor in theirs.model.layers[2].state_dict().items()}
+    names = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "post_norm": "shared_head.norm"}
+    own = {f"{name}.weight": weights[f"model.layers.3.{told}.weight"] for name, told in names.items()}
+    layer.load_state_dict(block | own)
+    layer.double().eval()
+    places = torch.arange(29)[None]
+    embeddings, hidden_states = theirs.model.embed_tokens(tokens[:, 1:]), theirs.model(tokens).last_hidden_state
+    told = {"attention_mask": None, "position_ids": places, "past_key_values": None}
+    turns = theirs.model.rotary_emb(embeddings, places)
+    logits = theirs.lm_head(layer(embeddings, hidden_states[:, :-1], turns, **told))
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 2:].flatten())
+
+    ours = hf_arch.convert(tmp_path, "deepseek", num_nextn_predict_layers=1).double().train()
+    losses = [ours(tokens, labels=tokens).loss]
+    ours.config.mtp_loss_coef = 0.0
+    losses.append(ours(tokens, labels=tokens).loss)
+    assert_close((losses[0] - losses[1]) / 0.1, expected, **EXACT)
+    assert_close(ours.eval()(tokens, labels=tokens).loss, losses[1], **EXACT)  # not asked at inference
