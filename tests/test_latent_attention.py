@@ -28,7 +28,7 @@ def some_tensors(queries: int, keys: int, dim: int):
 def by_eager(query, key, value, mask):
     """transformers' own definition; causal where there is no mask."""
     if mask is None:
-        unseen = torch.ones(query.shape[2], key.shape[2]).tril(key.shape[2] - query.shape[2]) == 0
+        unseen = torch.ones(query.shape[2], key.shape[2]).tril(0 if query.shape[2] > 1 else key.shape[2]) == 0
         mask = torch.zeros(1, 1, *unseen.shape, dtype=query.dtype).masked_fill(unseen, float("-inf"))
     module = torch.nn.Module()
     module.num_key_value_groups = 1
@@ -110,10 +110,12 @@ def numbers_held(config) -> int:
 @torch.no_grad()
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_the_cache_holds_latents(cache):
-    model = CASE.build()
+    """After a prompt short enough to ask the latents itself, where there is room for more."""
+    model, tokens = CASE.build(), some_tokens(length=6)
     options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
-    held = model.generate(some_tokens(length=20), cache_implementation=cache, **options).past_key_values
-    for layer in held.layers:
+    found = model.generate(tokens, cache_implementation=cache, **options)
+    assert torch.equal(found.sequences, model.generate(tokens, use_cache=False, **options).sequences)
+    for layer in found.past_key_values.layers:
         assert layer.keys.shape[1] == layer.values.shape[1] == 1
         assert layer.keys.shape[-1] + layer.values.shape[-1] == numbers_held(model.config)
 

@@ -42,9 +42,9 @@ def absorbed_latent_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same of the latents [batch, keys, rank] themselves; to_key [heads, nope, rank], to_value [heads, dim, rank].
 
-    mask [batch or 1, 1, queries, keys]: True, or 0 in a mask that is added, where a query sees; None: queries are the
-    last of the keys, and see none after themselves. Answers ([batch, queries, heads, dim], weights [batch, heads,
-    queries, keys]).
+    mask [batch or 1, 1, queries, keys]: True, or 0 in a mask that is added, where a query sees. None, as torch's causal
+    attention: a single query sees all; several are the first of the keys, and see none after themselves. Answers
+    ([batch, queries, heads, dim], weights [batch, heads, queries, keys]).
     """
     batch, queries, heads, _ = query.shape
     nope, rope = query.split((to_key.shape[1], key_rope.shape[-1]), dim=-1)
@@ -69,7 +69,7 @@ def hide(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     if mask is None:
         if queries == 1:
             return scores
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).tril(keys - queries)[None, None]
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).tril()[None, None]
     mask = mask[..., :keys].transpose(1, 2)
     if mask.dtype == torch.bool:
         return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
