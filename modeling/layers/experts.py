@@ -100,15 +100,16 @@ def sorted_experts_forward(
     order = choices.argsort()
     counts = choices.bincount(minlength=self.num_experts).tolist()[: self.num_experts]
     ends = torch.tensor(counts).cumsum(0).tolist()
-    weights = tuple(zip(self.first_proj.unbind(), self.down_proj.unbind(), strict=True))
+    first_projs, down_projs = self.first_proj, self.down_proj
+    if torch.is_grad_enabled():  # one backward for all experts; without one only those that are chosen are looked at
+        first_projs, down_projs = first_projs.unbind(), down_projs.unbind()
     token, weight = order // index.shape[1], weight.flatten()[order]
     output = torch.zeros_like(tokens)
     # One expert at least, though none be chosen: its weights then get a gradient, of zeros
     for expert in [expert for expert, count in enumerate(counts) if count] or [0]:
-        first_proj, down_proj = weights[expert]
         part = slice(ends[expert] - counts[expert], ends[expert])
-        inner = self._apply_gate(F.linear(tokens[token[part]], first_proj))
-        answer = F.linear(inner, down_proj)
+        inner = self._apply_gate(F.linear(tokens[token[part]], first_projs[expert]))
+        answer = F.linear(inner, down_projs[expert])
         answer = answer.mul_(weight[part, None].to(answer.dtype))  # in place: memory traffic is what can be saved here
         output = output.index_add_(0, token[part], answer.to(output.dtype))
     return output

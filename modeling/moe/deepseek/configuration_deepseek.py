@@ -100,23 +100,24 @@ class ArchDeepSeekConfig(AttentionConfig):
         return {rule: style for rule, style in super().mixer_tp_plan().items() if not rule.endswith(f".{absent}")}
 
     def stack_tp_plan(self) -> dict[str, str]:
-        """Also of the shared experts, and of further layers, which are as the last one of the stack."""
+        """Also of the shared experts, and of further layers."""
         parts = TENSOR_PARALLEL
         if self.n_shared_experts:
             parts = parts | {"sparse": parts["sparse"] | SHARED_EXPERTS}
-        plan = dict(self.mixer_tp_plan())
-        for kind in self.feed_forward_types:
-            plan |= parts.get(kind, {})
-        return plan | self.of_further_layers(self.mixer_tp_plan() | parts.get(self.feed_forward_types[-1], {}))
+        return self.with_further_layers(parts, dict(self.mixer_tp_plan()))
 
     def expert_ep_plan(self) -> dict[str, str]:
-        of_last = EXPERT_PARALLEL.get(self.feed_forward_types[-1], {})
-        return super().expert_ep_plan() | self.of_further_layers(of_last)
+        return self.with_further_layers(EXPERT_PARALLEL, {})
 
-    def of_further_layers(self, plan: dict[str, str]) -> dict[str, str]:
-        """Their plan, by that of the last layer."""
-        rules = plan if self.num_nextn_predict_layers else {}
-        return {rule.replace("layers.*", "mtp.*.layer"): style for rule, style in rules.items()}
+    def with_further_layers(self, parts: dict[str, dict[str, str]], plan: dict[str, str]) -> dict[str, str]:
+        """`plan` and the parts of the feed-forwards in use; further layers are as the last one of the stack."""
+        whole, of_last = dict(plan), dict(plan)
+        for kind in self.feed_forward_types:
+            whole |= parts.get(kind, {})
+            of_last = plan | parts.get(kind, {})
+        if self.num_nextn_predict_layers:
+            whole |= {rule.replace("layers.*", "mtp.*.layer"): style for rule, style in of_last.items()}
+        return whole
 
     @property
     def attention_scaling(self) -> float:
