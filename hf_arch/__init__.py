@@ -26,6 +26,7 @@ LATER = {  # transformers' Trainer and collators, and matplotlib, take seconds t
     "SpanCorruptionCollator": "collators",
     "Segments": "streams",
     "StatefulTrainer": "streams",
+    "describe": "description",
     "WholeWordMaskCollator": "collators",
     "routing_statistics": "routing",
 }
@@ -49,6 +50,7 @@ __all__ = [
     "StatefulTrainer",
     "WholeWordMaskCollator",
     "convert",
+    "describe",
     "distill",
     "export",
     "find",

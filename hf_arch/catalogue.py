@@ -267,6 +267,20 @@ ARCHITECTURES = (
         exceptions=FULL_ATTENTION,
     ),
     Architecture(
+        "deepseek",
+        "ArchDeepSeek",
+        family="moe",
+        title="DeepSeek (V2, V3)",
+        paper="arXiv:2412.19437",
+        lora_targets=(
+            *("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj", "kv_b_proj", "o_proj"),
+            *("gate_proj", "up_proj", "down_proj"),
+        ),
+        tiny={"kv_lora_rank": 12, "q_lora_rank": 20, "v_head_dim": 6}
+        | {"num_local_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 2},
+        exceptions=FULL_ATTENTION,
+    ),
+    Architecture(
         "hat",
         "ArchHat",
         family="hierarchical",

@@ -29,14 +29,14 @@ from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
-from hf_arch.modeling.layers.sparse import MixtureOfExperts
+from hf_arch.modeling.layers.experts import SideBySide
 from hf_arch.modeling.skeleton import heads, loss
 from hf_arch.modeling.skeleton.backbone import Backbone
 from hf_arch.streams import Segments, StatefulTrainer
 from promises import DECODERS, EXACT, MODELS, ROWS, Case, some_tokens
 from training_buffer_toy import ToyConfig, ToyForCausalLM, buffers
 
-VARIANTS = ("t5", "shared", "early_exit", "hierarchical")
+VARIANTS = ("t5", "shared", "early_exit", "hierarchical", "further")
 CASES = [*MODELS, *(case for case in DECODERS if case.variant in VARIANTS)]
 CASES.append(Case(ROWS[0].row, "ForCausalLM", "tied", {"tie_word_embeddings": True, "attention_bias": True}))
 ROUTED = {"feed_forward_types": ["gated", "expert_choice"], "num_local_experts": 4}
@@ -48,7 +48,7 @@ CASES.append(
 # The dimension of the weight that each style splits; other styles hook a module and split nothing
 SPLIT = {"colwise": -2, "colwise_gather_output": -2, "packed_colwise": -2, "embedding_rowwise": -2, "rowwise": -1}
 SPLIT |= {"grouped_gemm": 0}
-HOOKS = ("moe_tp_experts", "ep_dispatch_experts")
+HOOKS = ("moe_tp_experts", "ep_dispatch_experts", "mla_kv_a_proj")
 
 
 def share(batch: torch.Tensor) -> torch.Tensor:
@@ -190,7 +190,7 @@ def tensor_parallel(case: Case, folder: Path) -> None:
 def assert_experts_dealt_out(model: nn.Module) -> None:
     """Every process holds whole experts, its share of them."""
     assert_split(model, model.ep_plan)
-    dealt_out = [part.experts for part in model.modules() if isinstance(part, MixtureOfExperts)]
+    dealt_out = [module for module in model.modules() if isinstance(module, SideBySide)]
     assert dealt_out
     for experts in dealt_out:
         assert experts.num_experts == model.config.num_local_experts // dist.get_world_size()

@@ -116,6 +116,12 @@ VARIANTS = {
     "bigbird": {
         "no_global_block": {"block_size": 16, "num_window_blocks": 1, "num_random_blocks": 3, "num_global_blocks": 0},
     },
+    "deepseek": {
+        "v2": {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 16.0}
+        | {"q_lora_rank": None, "norm_topk_prob": False, "v_head_dim": 20, "kv_lora_rank": 5}
+        | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "mscale_all_dim": 0.7}},
+        "further": {"num_nextn_predict_layers": 2, "n_shared_experts": 0, "attention_bias": True},
+    },
     "mixtral": {"sliding": {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9}},
     "mixture_of_depths": {
         "everywhere": {"layer_types": ["routed_attention"] * 2, "num_key_value_heads": None}

@@ -40,6 +40,7 @@ REFORMER |= {"hidden_dropout_prob": 0.0, "local_attention_probs_dropout_prob": 0
 # Its default, and the loop over experts; its batched products copy the weights of an expert for each token that takes
 # it, which is bearable for few tokens
 EXPERTS = {name: {"fields": {"experts_implementation": name}} for name in ("grouped_mm", "eager", "batched_mm")}
+DEEPSEEK = {"config": "DeepseekV3Config", "model": "DeepseekV3ForCausalLM"}
 LONGFORMER = {"config": "LongformerConfig", "model": "LongformerForMaskedLM", "padding_rows": 2}
 GPT_NEO = {"config": "GPTNeoConfig", "model": "GPTNeoForCausalLM"}
 BIGBIRD = {"config": "BigBirdConfig", "model": "BigBirdForMaskedLM"}
@@ -61,6 +62,7 @@ PEERS = (
         MIXTRAL | EXPERTS["batched_mm"],
         measures=DECODE,
     ),
+    Peer("deepseek_v3", "deepseek", "hugging_face:DeepSeek", DEEPSEEK),
     Peer(
         "dense_transformer",  # ours, of the same sizes
         "mixture_of_depths",

@@ -248,8 +248,8 @@ class GrowingCacheLayer(DynamicLayer):
     """Keys and values, [batch, heads, length, dim], at the front of a store with room for more: a step writes its own
     token and copies the others only when the room is used up."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
         self.stores: tuple[torch.Tensor, torch.Tensor] | None = None
         self.front: torch.Tensor | None = None  # the keys as this class left them; others may have replaced them since
 
@@ -288,3 +288,17 @@ def growing(cache: Cache) -> Cache:
     fresh = (type(layer) is DynamicLayer and not layer.is_initialized for layer in cache.layers)
     cache.layers = [GrowingCacheLayer() if new else layer for layer, new in zip(cache.layers, fresh, strict=True)]
     return cache
+
+
+class LatentCacheLayer(GrowingCacheLayer):
+    """A latent and a rotated key of each token, [batch, 1, length, dim], in the place of key and value."""
+
+
+class StaticLatentCacheLayer(StaticLayer):
+    """The same at fixed addresses. A config does not tell these sizes by the names of other attention."""
+
+    supports_early_init = False
+
+
+DYNAMIC_LAYER_TYPE_MAPPING["latent_attention"] = LatentCacheLayer
+STATIC_LAYER_TYPE_MAPPING["latent_attention"] = StaticLatentCacheLayer

@@ -40,7 +40,7 @@ class TopKRouter(Router):
         router(tokens) -> index, weight
 
     for tokens [tokens, size] with the experts that each token takes and how much the answer of each counts, both
-    [tokens, choices].
+    [tokens, choices]. What tokens took in the end is told to `follow`.
     """
 
     sums_to_one = True  # the weights of a token
@@ -49,22 +49,30 @@ class TopKRouter(Router):
         super().__init__(config)
         self.top_k = config.num_experts_per_tok
 
+    def preferences(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """What the greatest numbers are chosen of, both [tokens, experts]; none with a gradient."""
+        return probabilities
+
     def choose(self, scores: torch.Tensor) -> torch.Tensor:
         """[tokens, experts] -> [tokens, choices]"""
         return scores.topk(self.top_k, dim=-1).indices
 
     def taken(self, logits: torch.Tensor) -> torch.Tensor:
         """What is chosen by logits; [tokens, experts] -> [tokens, choices]."""
-        return self.choose(self.probabilities(logits))
+        return self.choose(self.preferences(self.probabilities(logits)))
 
     def weigh(self, chosen: torch.Tensor) -> torch.Tensor:
         """The probabilities of what was chosen -> what the answers count; both [tokens, choices]."""
         return chosen / chosen.sum(-1, keepdim=True)
 
     def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scores = self.probabilities(self.logits(self.score(tokens)))
-        index = self.choose(scores)
-        return index, self.weigh(scores.gather(-1, index)).to(tokens.dtype)
+        logits = self.logits(self.score(tokens))
+        probabilities = self.probabilities(logits)
+        index = self.choose(self.preferences(probabilities))
+        return index, self.weigh(probabilities.gather(-1, index)).to(tokens.dtype)
+
+    def follow(self, chosen: torch.Tensor) -> None:
+        """[tokens, choices] as `RouterChoices` records them, of which a router may learn."""
 
 
 class PreciseLinear(nn.Linear):

@@ -58,7 +58,7 @@ class SparseFeedForward(MixtureOfExperts):
             weight, chosen = weight.masked_fill(late, 0.0), index.masked_fill(late, self.num_experts)
         if documents is not None:
             chosen = chosen.masked_fill(documents.flatten()[:, None] == 0, -1)
-        self.choices(chosen)
+        self.router.follow(self.choices(chosen))
         return self.experts(tokens, index, weight).view_as(hidden_states)
 
 
@@ -146,10 +146,8 @@ def come_late(index: torch.Tensor, documents: torch.Tensor | None, factor: float
     """
     batch, length, choices = index.shape
     documents = index.new_ones(batch, length) if documents is None else documents.long()
-    # Each document of the batch has a number of its own, and so has the padding of each row
-    most = length if torch.compiler.is_compiling() else int(documents.amax())
-    number = (documents + torch.arange(batch, device=index.device)[:, None] * (most + 1)).flatten()
-    sizes = count(number, batch * (most + 1))
+    number, among = numbers_in_batch(documents)
+    sizes = count(number, among)
     room = (factor * choices / num_experts * sizes - 1e-6).ceil()  # a factor made for whole room may be rounded up
     # A queue for each expert in each document, which choices join in order of service
     queue = (number * num_experts + index.flatten(0, 1).T).flatten()
@@ -159,6 +157,15 @@ def come_late(index: torch.Tensor, documents: torch.Tensor | None, factor: float
     place[order] = torch.arange(len(queue), device=queue.device) - starts[queue[order]]
     late = place >= room[queue // num_experts]
     return late.unflatten(0, (choices, -1)).T & (documents.flatten() > 0)[:, None]
+
+
+def numbers_in_batch(documents: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """A number for each document of the batch, and for the padding of each row, [batch * length], and how many numbers
+    there may be; documents [batch, length]."""
+    batch, length = documents.shape
+    most = length if torch.compiler.is_compiling() else int(documents.amax())
+    rows = torch.arange(batch, device=documents.device)[:, None]
+    return (documents + rows * (most + 1)).flatten(), batch * (most + 1)
 
 
 def count(numbers: torch.Tensor, among: int) -> torch.Tensor:

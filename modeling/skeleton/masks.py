@@ -148,7 +148,7 @@ def all_straight(inputs_embeds, attention_mask=None, past_key_values=None, posit
 
 
 MASKS: dict[str, Callable] = {
-    "full_attention": causal(masking_utils.create_causal_mask),
+    **dict.fromkeys(("full_attention", "latent_attention"), causal(masking_utils.create_causal_mask)),
     "sliding_attention": sliding,
     "bidirectional_attention": bidirectional,
     **dict.fromkeys(RECURRENT, number_documents),
