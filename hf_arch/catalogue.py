@@ -243,6 +243,19 @@ ARCHITECTURES = (
         exceptions=FULL_ATTENTION,
     ),
     Architecture(
+        "mixture_of_depths",
+        "ArchMixtureOfDepths",
+        family="moe",
+        title="Mixture-of-Depths",
+        paper="arXiv:2404.02258",
+        lora_targets=(
+            *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+            *("in_proj", "out_proj"),
+        ),
+        tiny={"num_key_value_heads": 2, "capacity": 0.5},
+        exceptions=FULL_ATTENTION,
+    ),
+    Architecture(
         "hat",
         "ArchHat",
         family="hierarchical",

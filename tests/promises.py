@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from hf_arch import ARCHITECTURES, Architecture
 from hf_arch.modeling.layers.centroids import Centroids
+from hf_arch.modeling.layers.routed_view import RoutedView
 from hf_arch.modeling.layers.routers import TopKRouter
 from hf_arch.modeling.long_context.reformer.modeling_reformer import LSHAttention
 
@@ -110,6 +111,15 @@ VARIANTS = {
         "no_global_block": {"block_size": 16, "num_window_blocks": 1, "num_random_blocks": 3, "num_global_blocks": 0},
     },
     "mixtral": {"sliding": {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9}},
+    "mixture_of_depths": {
+        "everywhere": {"layer_types": ["routed_attention"] * 2, "num_key_value_heads": None}
+        | {"feed_forward_types": ["gated", "sparse"], "num_local_experts": 4},
+        "early_exit": {
+            "layer_types": ["early_exit_attention"] * 3,
+            "num_hidden_layers": 3,
+            "early_exit_threshold": 0.5,
+        },
+    },
     "hat": {
         "one_level": {"segment_lengths": [], "layer_types": ["level_0"] * 3},
         "three_levels": {"segment_lengths": [5, 4], "num_hidden_layers": 5}
@@ -132,10 +142,12 @@ LAST_WINDOW = (
     r"model\.layers\.1\.mixer\.[qkv]_proj\..*"  # the token that speaks for the text is global, and sees past it
 )
 COMPRESSION = r"(model\.)?layers\.\d\.mixer\.compression\..*"  # it learns by a loss of its own, beside that of tokens
+PREDICTOR = r"(model\.)?layers\.\d\.view\.predictor\..*"  # and so does it
 WITHOUT_TOKENS = ("Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 IDLE = {
     "longformer": dict.fromkeys(("ForSequenceClassification", "ForMultipleChoice"), LAST_WINDOW),
     "compressive_transformer": dict.fromkeys(WITHOUT_TOKENS, COMPRESSION),
+    "mixture_of_depths": dict.fromkeys(WITHOUT_TOKENS, PREDICTOR),
 }
 
 WINDOWS = {"padding does not enter the state": "transformers' cache of a window counts columns, padding included."}
@@ -292,6 +304,7 @@ def held_choices():
     """Each router chooses the experts, each hash the buckets, and each head the clusters, that it chose first for as
     many tokens: a choice that a rounding error turns says nothing of precision."""
     held, choices = {}, ((TopKRouter, "choose"), (LSHAttention, "choose"), (Centroids, "nearest"))
+    choices += ((RoutedView, "decide"),)
 
     def first(choose):
         return lambda self, scores: held.setdefault((self, scores.shape[:-1]), choose(self, scores))

@@ -15,8 +15,9 @@ from hf_arch.modeling.hierarchical.hat.modeling_hat import ArchHatModel
 from hf_arch.modeling.layers.attention import Attention
 from hf_arch.modeling.layers.feed_forward import MLP
 from hf_arch.modeling.layers.mixer import Mixer
+from hf_arch.modeling.layers.routed_view import RoutedView
 from hf_arch.modeling.layers.sparse import SparseFeedForward
-from hf_arch.modeling.skeleton.backbone import Backbone
+from hf_arch.modeling.skeleton.backbone import Backbone, Layer
 
 CHUNK = 64  # tokens that a linear recurrence takes at once: fewer do not fill a matrix product, more are more work
 
@@ -69,6 +70,15 @@ def linear(module: nn.Linear, span: Span) -> Cost:
 def backbone(module: Backbone, span: Span) -> Cost:
     """Layers that share their weights are as much work as others."""
     return sum((cost(module.layers[group], span) for group in module.config.layer_groups), Cost())
+
+
+@cost.register
+def routed(module: Layer, span: Span) -> Cost:
+    """A layer that works on a share of the tokens, as many as in training; who does not, works on all."""
+    share = module.view.capacity if isinstance(module.view, RoutedView) else 1
+    inside = Span(math.ceil(share * span.tokens), math.ceil(share * span.before))
+    parts = (cost(part, inside) for part in (module.residual, *module.sublayers.values()))
+    return sum(parts, cost(module.view, span))
 
 
 @cost.register

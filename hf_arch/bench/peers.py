@@ -59,6 +59,12 @@ PEERS = (
         measures=DECODE,
     ),
     Peer(
+        "dense_transformer",  # ours, of the same sizes
+        "mixture_of_depths",
+        "hugging_face:Ours",
+        {"row": "transformer", "head": "ForCausalLM"},
+    ),
+    Peer(
         "compressive",
         "compressive_transformer",
         "compressive:Compressive",

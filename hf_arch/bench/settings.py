@@ -34,6 +34,14 @@ ON_GPU = {
     "step": (1024, 4096, 16384, 65536),
     "generate": (1024, 4096),
 }
+# Fields of a row's config, where its default is not what is to be measured: predictors that have learnt nothing choose
+# half of the tokens
+MEASURED_AS = {
+    "mixture_of_depths": lambda shape: {
+        "capacity": 0.5,
+        "layer_types": ["routed_attention"] * shape["num_hidden_layers"],
+    }
+}
 UNBOUNDED_CONTEXT = 16384  # the longest context for rows whose state grows with it: reading it is quadratic
 
 

@@ -202,8 +202,8 @@ DYNAMIC_LAYER_TYPE_MAPPING["causal_block_sparse_attention"] = DynamicLayer
 STATIC_LAYER_TYPE_MAPPING["causal_block_sparse_attention"] = StaticLayer
 DYNAMIC_LAYER_TYPE_MAPPING["hyena"], STATIC_LAYER_TYPE_MAPPING["hyena"] = HistoryCacheLayer, StaticHistoryCacheLayer
 
-# Attention by patterns that reach back without end keeps all keys and values
-PATTERNS = ("dilated_attention", "fixed_attention", "strided_attention")
+# Attention by patterns that reach back without end, or of layers that tokens leave, keeps all keys and values
+PATTERNS = ("dilated_attention", "early_exit_attention", "fixed_attention", "strided_attention")
 DYNAMIC_LAYER_TYPE_MAPPING |= dict.fromkeys(PATTERNS, DynamicLayer)
 STATIC_LAYER_TYPE_MAPPING |= dict.fromkeys(PATTERNS, StaticLayer)
 

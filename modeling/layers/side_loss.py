@@ -1,4 +1,4 @@
-"""A loss that layers make beside their answer, of parameters that the answer does not train."""
+"""Losses that layers make beside their answer, of parameters that the answer does not train."""
 
 import torch
 
@@ -39,4 +39,27 @@ class SideLoss:
         whole = loss + (weight * self.total()).to(loss)
         if whole.requires_grad:
             whole.register_hook(lambda gradient: setattr(self, "gradient", gradient * weight))
+        return whole
+
+
+class LateLoss:
+    """The same of what layers say before it is known what they should have said: `said` of each, for a loss to be made
+    of, whose gradient is let in again where the layer took it from."""
+
+    def __init__(self):
+        self.said: dict[int, torch.Tensor] = {}
+        self.gradients: dict[int, torch.Tensor] = {}  # of the whole loss by what was said
+
+    def attach(self, layer_idx: int, said: torch.Tensor) -> torch.Tensor:
+        self.said.setdefault(layer_idx, said.detach().requires_grad_())  # not again when backward computes anew
+        if said.requires_grad:
+            said.register_hook(lambda gradient: self.gradients.get(layer_idx, torch.zeros_like(gradient)))
+        return (0.0 * said).sum()
+
+    def join(self, loss: torch.Tensor, late: torch.Tensor) -> torch.Tensor:
+        """loss + late, which is made of `said`, in the type of the loss."""
+        whole = loss + late.detach().to(loss)
+        if whole.requires_grad and self.said:
+            found = dict(zip(self.said, torch.autograd.grad(late, list(self.said.values())), strict=True))
+            whole.register_hook(lambda gradient: self.gradients.update((i, x * gradient) for i, x in found.items()))
         return whole

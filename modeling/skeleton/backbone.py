@@ -161,7 +161,8 @@ class Backbone(ArchPreTrainedModel):
         context = kwargs | {"documents": masks.get("documents")}
         stream = self.residual.enter(self.dropout(self.embed_norm(hidden_states)))
         for layer_idx, (group, kind) in enumerate(self.calls):
-            stream = self.layers[group](
+            stream = self.call_layer(
+                self.layers[group],
                 stream,
                 encoder_hidden_states,
                 attention_mask=masks[kind],
@@ -173,6 +174,11 @@ class Backbone(ArchPreTrainedModel):
             )
         hidden_states = self.norm(self.residual.leave(stream).to(hidden_states.dtype))
         return MoeModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    @staticmethod
+    def call_layer(layer: Layer, stream: torch.Tensor, *args, **context) -> torch.Tensor:
+        """Here checkpointing has let go of the stream: for what is made of it between layers."""
+        return layer(stream, *args, **context)
 
     def make_cache(self) -> Cache:
         if unknown := set(self.config.layer_types) - set(DYNAMIC_LAYER_TYPE_MAPPING):
