@@ -13,7 +13,8 @@ To add one:
   `AtLevel(self, hidden_size=..., ...)`, from which that level's layers, norms, positions and resampling are built;
 - a subclass of `Resampling` says which items fire (`fire`), what they make (`shorten`) and how items use the answer
   (`expand`). What it must remember from call to call it keeps by `kept.read(name)` and `kept.write(0, name=...)`:
-  [rows, ...], zeros where nothing was read, None in the first call and where there is no cache;
+  [rows, ...], zeros where nothing was read, None in the first call and where there is no cache. A static cache is
+  written in place: what was read is used before the name is written;
 - `layer_kinds` are `"ragged_attention"` and `"ragged_sliding_attention"`, whose cache holds each row's own items, and
   any recurrence; `mixers` maps them to classes. `part_norm` puts a norm after each part, not only after the last.
 """

@@ -142,10 +142,10 @@ class HourglassResampling(Resampling):
         if made is not None and self.attends:
             made = made + self.up_attention(answer)[..., None, :]
         held = None if kept is None else kept.read("answer")
-        if kept is not None:
-            kept.write(0, answer=fired.last(made, held))
         parts = (held if made is None else made).shape[-2]
         stream = stream + fired.spread(made, held, level.place % parts)
+        if kept is not None:
+            kept.write(0, answer=fired.last(made, held))
         return self.up(stream, {"feed_forward": self.up_feed_forward}) if self.attends else stream
 
 
