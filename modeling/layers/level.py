@@ -105,10 +105,10 @@ class LevelCache:
             place = torch.where(level.real, place, -1)
         if self.first:
             row, place = (row, place) if last is None else (row[last], place[last])
-            self.keys = functools.partial(FirstKeys, rows=row, place=place, count=self.count, shown=last)
+            self.keys = functools.partial(FirstKeys, rows=row, place=place, shown=last)
             return
         self.shown = None if level.fixed else int(self.count[row].max())
-        self.keys = functools.partial(RememberedKeys, rows=row, place=place, count=self.count, shown=self.shown)
+        self.keys = functools.partial(RememberedKeys, rows=row, place=place, shown=self.shown)
 
     @property
     def layers(self) -> "LevelCache":
@@ -118,7 +118,7 @@ class LevelCache:
         return RowStates(self.held[layer_idx], self.level)
 
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.keys(self.held[layer_idx]).update(key, value)
+        return self.keys(self.held[layer_idx], count=self.count.clone()).update(key, value)
 
     def visible(self, layer_idx: int, window: int | None = None) -> torch.Tensor | None:
         """[rows, 1, items, keys], which of the keys that `update` gives an item sees: those up to itself, or the last

@@ -89,7 +89,7 @@ INNER_POSITIONS = {"rope": RotaryEmbedding, "learned": NoPositions}
 
 
 class HourglassResampling(Resampling):
-    """x' = pool(groups of x); y = x + expand(answer to x'), each perhaps followed by a layer of attention resampling."""
+    """x' = shorten(groups of x), y = x + expand(answer to x'), both perhaps followed by a layer of attention."""
 
     def __init__(self, config: ArchHourglassConfig, level: int):
         super().__init__(config, level)
@@ -142,6 +142,7 @@ class HourglassResampling(Resampling):
         if made is not None and self.attends:
             made = made + self.up_attention(answer)[..., None, :]
         held = None if kept is None else kept.read("answer")
+        held = None if held is None else held.to(stream.dtype)
         parts = (held if made is None else made).shape[-2]
         stream = stream + fired.spread(made, held, level.place % parts)
         if kept is not None:
