@@ -20,7 +20,7 @@ MODELS = {
     "linear": SIZES | {"depth": (1, 1, 1), "shorten_factor": 3, "updown_sample_type": "linear"},
     "nested": SIZES | {"depth": (1, (1, 1, 1), 1), "shorten_factor": (2, 4)},
     "plain": SIZES
-    | {"depth": (2, 1, 0), "shorten_factor": 4, "updown_sample_type": "linear", "attn_resampling": False},
+    | {"depth": (1, 1, 0), "shorten_factor": 4, "updown_sample_type": "linear", "attn_resampling": False},
     "encoder": SIZES | {"depth": (0, 1, 1), "shorten_factor": 3, "causal": False},
 }
 

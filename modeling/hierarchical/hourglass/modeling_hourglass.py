@@ -11,13 +11,13 @@ from torch import nn
 from ...layers.attention import Attention, BidirectionalAttention, SlidingAttention
 from ...layers.feed_forward import MLP
 from ...layers.level import Level, RowStates
-from ...layers.positions import LearnedPositions, NoPositions, RotaryEmbedding
+from ...layers.positions import NoPositions, RotaryEmbedding
 from ...layers.residual import PreNorm
 from ...ops.firing import Fired
 from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
 from ...skeleton.heads import CausalLM, MaskedLM
 from ...skeleton.hierarchy import Hierarchy, Resampling
-from ...skeleton.laboratory import NORMS
+from ...skeleton.laboratory import NORMS, POSITIONS
 from .configuration_hourglass import ArchHourglassConfig
 
 
@@ -84,7 +84,6 @@ class ValueOfOne(nn.Module):
 
 
 RESAMPLINGS = {"linear": LinearResampling, "average": AverageResampling}
-POSITIONS = {"rope": RotaryEmbedding, "learned": LearnedPositions}
 INNER_POSITIONS = {"rope": RotaryEmbedding, "learned": NoPositions}
 
 
