@@ -122,7 +122,7 @@ VARIANTS = {
     },
     "hourglass": {
         "nested": {"shorten_factors": [2, 3], "num_hidden_layers": 5, "resampling_type": "average"}
-        | {"layer_types": ["ragged_sliding_attention", *["ragged_attention"] * 3, "ragged_sliding_attention"]}
+        | {"layer_types": ["causal_window_attention", *["ragged_attention"] * 3, "causal_window_attention"]}
         | {"sliding_window": 9, "position_type": "learned", "attention_bias": True},
         "plain": {"shorten_factors": [4], "layer_levels": [1, 1, 0], "attention_resampling": False}
         | {"feed_forward_types": ["gated", "sparse", "dense"], "num_local_experts": 4, "norm_type": "rms_norm"}
