@@ -281,6 +281,21 @@ ARCHITECTURES = (
         exceptions=FULL_ATTENTION,
     ),
     Architecture(
+        "hourglass",
+        "ArchHourglass",
+        family="hierarchical",
+        title="Hourglass",
+        paper="arXiv:2110.13711",
+        heads=(*DECODER, "ForMaskedLM"),
+        lora_targets=(
+            *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+            *("shorten_proj", "expand_proj"),
+        ),
+        tiny={"num_hidden_layers": 3, "num_key_value_heads": 2},
+        head_fields={"ForMaskedLM": {"direction": "bidirectional"}},
+        exceptions=FULL_ATTENTION,
+    ),
+    Architecture(
         "hat",
         "ArchHat",
         family="hierarchical",

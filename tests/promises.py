@@ -132,6 +132,14 @@ VARIANTS = {
             "early_exit_threshold": 0.5,
         },
     },
+    "hourglass": {
+        "nested": {"shorten_factors": [2, 3], "num_hidden_layers": 5, "resampling_type": "average"}
+        | {"layer_types": ["causal_window_attention", *["ragged_attention"] * 3, "causal_window_attention"]}
+        | {"sliding_window": 9, "position_type": "learned", "attention_bias": True},
+        "plain": {"shorten_factors": [4], "layer_levels": [1, 1, 0], "attention_resampling": False}
+        | {"feed_forward_types": ["gated", "sparse", "dense"], "num_local_experts": 4, "norm_type": "rms_norm"}
+        | {"mlp_bias": False},
+    },
     "hat": {
         "one_level": {"segment_lengths": [], "layer_types": ["level_0"] * 3},
         "three_levels": {"segment_lengths": [5, 4], "num_hidden_layers": 5}
@@ -296,6 +304,7 @@ ALSO_ENCODERS = {
     "longformer": ("wide", "layers", "questions"),
     "reformer": ("lsh",),
     "bigbird": ("no_global_block",),
+    "hourglass": ("plain",),
 }  # of the choices of decoders
 ENCODERS += [
     Case(case.row, case.head, f"bidirectional_{name}", VARIANTS[case.row.name][name])

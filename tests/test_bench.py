@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_arch import ARCHITECTURES, cli
-from hf_arch.bench import costs, costs_of_long_context, environments, floors, race, report
+from hf_arch.bench import costs, costs_of_hierarchies, costs_of_long_context, environments, floors, race, report
 from hf_arch.bench.contender import Contender, head_of
 from hf_arch.bench.peers import LLAMA, PEERS, Environment, chosen_peers
 from hf_arch.bench.process import Worker, WorkerFailed, Workers
@@ -72,6 +72,7 @@ def test_floors_count_what_is_computed(row, span, monkeypatch):
     monkeypatch.setattr(costs, "visible_pairs", lambda span, *kind: span.tokens * (span.before + span.tokens))
     monkeypatch.setattr(costs_of_long_context, "segment_pairs", lambda window, span: span.tokens * window.span)
     monkeypatch.setattr(costs_of_long_context, "slot_pairs", lambda rate, span: span.tokens * rate.reach)
+    monkeypatch.setattr(costs_of_hierarchies, "often", lambda span, tokens: 1)  # this step completes all groups
     monkeypatch.setattr(RoutedView, "decide", lambda self, scores: torch.ones_like(scores, dtype=torch.bool))
     operations = costs.cost(paper(row), span).operations
     if span.tokens == 1 and "bounded state" not in row.exceptions:  # a step need not be made of matrix products

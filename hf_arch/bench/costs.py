@@ -1,7 +1,8 @@
 """What a model computes: matrix products and exponentials, and the numbers it has to read.
 
 `cost` walks the modules of a model; a new mixer or feed-forward registers what it computes beside its Linear layers: a
-recurrence in `costs_of_recurrences.py`, attention to some of a text in `costs_of_long_context.py`.
+recurrence in `costs_of_recurrences.py`, attention to some of a text in `costs_of_long_context.py`, stages in
+`costs_of_hierarchies.py`.
 """
 
 import math

@@ -80,6 +80,17 @@ PEERS = (
             unaided=("compressive-transformer-pytorch==0.4.0", "mogrifier==0.0.5"),
         ),
     ),
+    Peer(
+        "hourglass_package",
+        "hourglass",
+        "lucidrains:Hourglass",
+        {"shorten_factor": 4},
+        measures=FORWARD,
+        environment=Environment(
+            "hourglass_package",
+            unaided=("hourglass-transformer-pytorch==0.0.6", "einops==0.8.2"),
+        ),
+    ),
     Peer("longformer", "hat", "hugging_face:Transformers", LONGFORMER, measures=FORWARD),
     Peer("longformer_chunks", "longformer", "hugging_face:Transformers", LONGFORMER, measures=FORWARD),
     Peer("gpt_neo", "sparse_transformer", "hugging_face:GPTNeo", GPT_NEO, measures=FORWARD),  # no cache of its windows

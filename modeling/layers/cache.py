@@ -156,11 +156,11 @@ class StaticRecurrentCacheLayer(RecurrentCacheLayer):
             if name not in self.states:
                 self.states[name] = self.at_fixed_address(torch.empty_like(state))
             self.states[name].copy_(state)
-        if not self.is_initialized:
+        if not self.is_initialized and self.states:
             device = next(iter(self.states.values())).device
             self.cumulative_length = self.at_fixed_address(self.cumulative_length.to(device))
+            self.is_initialized = True
         self.cumulative_length.add_(new_tokens)
-        self.is_initialized = True
 
     def follow(self, name: str, after: torch.Tensor) -> torch.Tensor:
         return torch.cat((self.states[name].to(after.dtype), after), dim=1)

@@ -55,5 +55,30 @@ def placed(store: torch.Tensor, row: torch.Tensor, place: torch.Tensor, new: tor
     return put(at, new.transpose(1, 2).to(store.dtype)).transpose(1, 2)
 
 
-DYNAMIC_LAYER_TYPE_MAPPING["routed_attention"] = ChosenCacheLayer
-STATIC_LAYER_TYPE_MAPPING["routed_attention"] = StaticChosenCacheLayer
+class RememberedKeys:
+    """What attention takes for the cache: `update` puts the keys and values of chosen tokens into the layer's memory,
+    and answers with those that they see, the first `shown` of each row."""
+
+    def __init__(self, memory, rows: torch.Tensor, place: torch.Tensor, count: torch.Tensor, shown: int | None):
+        self.memory, self.rows, self.place, self.count, self.shown = memory, rows, place, count, shown
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, *args) -> tuple[torch.Tensor, torch.Tensor]:
+        stores = self.memory.put(self.rows, self.place, self.count, key, value)
+        if len(self.rows) < len(self.count):
+            stores = [store.index_select(0, self.rows) for store in stores]
+        return tuple(store[:, :, : self.shown].to(key.dtype) for store in stores)
+
+
+class FirstKeys(RememberedKeys):
+    """The same of a memory that is empty: tokens see each other. Of packed documents the last one is kept."""
+
+    def update(self, key, value, *args):
+        kept = [x if self.shown is None else x[self.shown] for x in (key, value)]
+        self.memory.put(self.rows, self.place, self.count, *kept)
+        return key, value
+
+
+# Layers that see some of the tokens, or each row at a place of its own
+RAGGED = ("routed_attention", "ragged_attention")
+DYNAMIC_LAYER_TYPE_MAPPING |= dict.fromkeys(RAGGED, ChosenCacheLayer)
+STATIC_LAYER_TYPE_MAPPING |= dict.fromkeys(RAGGED, StaticChosenCacheLayer)

@@ -10,7 +10,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils.import_utils import is_tracing
 
 from ..ops.token_choice import ChosenRows, rows_of, rows_of_share, share_of_length, top_share
-from .chosen_cache import ChosenCacheLayer
+from .chosen_cache import ChosenCacheLayer, FirstKeys, RememberedKeys
 from .side_loss import SideLoss
 from .view import View
 
@@ -34,29 +34,6 @@ class Predictor(nn.Module):
 
 def wide(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
-
-
-class RoutedKeys:
-    """What attention takes for the cache: `update` puts the keys and values of chosen tokens into the layer's memory,
-    and answers with those that they see, the first `shown` of each row."""
-
-    def __init__(self, memory, rows: torch.Tensor, place: torch.Tensor, count: torch.Tensor, shown: int | None):
-        self.memory, self.rows, self.place, self.count, self.shown = memory, rows, place, count, shown
-
-    def update(self, key: torch.Tensor, value: torch.Tensor, *args) -> tuple[torch.Tensor, torch.Tensor]:
-        stores = self.memory.put(self.rows, self.place, self.count, key, value)
-        if len(self.rows) < len(self.count):
-            stores = [store.index_select(0, self.rows) for store in stores]
-        return tuple(store[:, :, : self.shown].to(key.dtype) for store in stores)
-
-
-class FirstRoutedKeys(RoutedKeys):
-    """The same of a memory that is empty: tokens see each other. Of packed documents the last one is kept."""
-
-    def update(self, key, value, *args):
-        kept = [x if self.shown is None else x[self.shown] for x in (key, value)]
-        self.memory.put(self.rows, self.place, self.count, *kept)
-        return key, value
 
 
 class RoutedView(View):
@@ -158,13 +135,13 @@ class RoutedView(View):
             if last is not None:
                 row, place, count = row[last], place[last], count[last]
             count = count.new_zeros(rows.batch).index_put((row,), count)
-            return {"past_key_values": FirstRoutedKeys(memory, row, place, count, last)}
+            return {"past_key_values": FirstKeys(memory, row, place, count, last)}
         place = before[rows.batch_row, None] + place
         count = before.index_add(0, rows.batch_row, rows.counts)
         shown = int(count[rows.batch_row].max())
         mask = None if place.numel() == 1 else self.mask(place + 1, shown, tokens)
         place = torch.where(real, place, -1)
-        return {"attention_mask": mask, "past_key_values": RoutedKeys(memory, rows.batch_row, place, count, shown)}
+        return {"attention_mask": mask, "past_key_values": RememberedKeys(memory, rows.batch_row, place, count, shown)}
 
     def mask(self, seen: torch.Tensor, keys: int, like: torch.Tensor) -> torch.Tensor:
         """[rows, 1, tokens, keys] where a token sees the first `seen` [rows, tokens] keys, for the kernel in use."""
@@ -188,7 +165,7 @@ class RoutedView(View):
             before = memory.read("memory_count")
             seen = chosen.cumsum(1) if before is None else before[:, None] + chosen.cumsum(1)
             row = torch.arange(batch, device=chosen.device)
-            keys = RoutedKeys(memory, row, torch.where(chosen, seen - 1, -1), seen[:, -1], None)
+            keys = RememberedKeys(memory, row, torch.where(chosen, seen - 1, -1), seen[:, -1], None)
             mask = self.mask(seen.clamp(min=1), memory.max_cache_len + 1, stream)
         told = {"attention_mask": mask, "past_key_values": keys, "documents": documents}
         answer = inside(stream, **context | told)

@@ -53,13 +53,22 @@ class ChosenRows(NamedTuple):
         rows, longest = self.index.shape
         return self.index.new_full((rows,), longest) if self.real is None else self.real.sum(1)
 
+    @property
+    def whole(self) -> bool:
+        """Whether the rows are those of the batch, token by token."""
+        return self.real is None and self.index.shape == (self.batch, self.length)
+
     def take(self, batch: torch.Tensor) -> torch.Tensor:
         """[batch or 1, length, ...] -> [rows, longest, ...]; past the end of a row, any token."""
+        if self.whole:
+            return batch
         index = self.index if len(batch) == self.batch else self.index % self.length
         return batch.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, self.index.shape)
 
     def put(self, batch: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """`batch` with the tokens of `rows` in their places, and what it held elsewhere."""
+        if self.whole:
+            return rows
         token, rows = (self.index, rows) if self.real is None else (self.index[self.real], rows[self.real])
         tokens = rows if self.real is not None else rows.flatten(0, 1)
         return batch.flatten(0, 1).index_copy(0, token.flatten(), tokens).view_as(batch)
@@ -72,6 +81,13 @@ def rows_of_share(chosen: torch.Tensor, share: int) -> ChosenRows:
     place = chosen.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :share]
     row = torch.arange(batch, device=chosen.device)
     return ChosenRows(place + length * row[:, None], None, row, None, batch, length)
+
+
+def all_rows(chosen: torch.Tensor, most: int) -> ChosenRows:
+    """As `rows_of`, a row for each of the batch, whatever is chosen of it, with `most` places: no shape rests on
+    values."""
+    rows = rows_of_share(chosen, most)
+    return rows._replace(real=chosen.flatten()[rows.index.flatten()].view_as(rows.index))
 
 
 def rows_of(chosen: torch.Tensor, documents: torch.Tensor | None = None) -> ChosenRows:
