@@ -13,6 +13,7 @@ from hf_arch.lora import lora_config, register_targets
 from hf_arch.parallel_windows import parallel_windows
 from hf_arch.registration import register
 from hf_arch.states import fork, load_state, save_state
+from hf_arch.upcycle import upcycle
 
 register()
 register_targets()
@@ -62,5 +63,6 @@ __all__ = [
     "register_attention",
     "routing_statistics",
     "save_state",
+    "upcycle",
     "window_cache",
 ]

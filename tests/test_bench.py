@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_arch import ARCHITECTURES, cli
-from hf_arch.bench import costs, costs_of_long_context, environments, floors, race, report
+from hf_arch.bench import costs, costs_of_hierarchies, costs_of_long_context, environments, floors, race, report
 from hf_arch.bench.contender import Contender, head_of
 from hf_arch.bench.peers import LLAMA, PEERS, Environment, chosen_peers
 from hf_arch.bench.process import Worker, WorkerFailed, Workers
@@ -24,6 +24,7 @@ from hf_arch.bench.worker.memory import in_a_fork, peak_bytes
 from hf_arch.bench.worker.serve import ON_CPU
 from hf_arch.bench.worker.subject import held_bytes
 from hf_arch.modeling.layers.mixer import Mixer
+from hf_arch.modeling.layers.routed_view import RoutedView
 from hf_arch.modeling.ops.random_blocks import BlockChoice
 from hf_arch.modeling.ops.segment_rows import Window
 
@@ -37,6 +38,7 @@ WINDOWS = {  # smaller than the text
     "transformer_xl": SEGMENTS,
     "compressive_transformer": SEGMENTS | {"compressed_memory_length": 8, "compression_rate": 16},
     "bigbird": {"block_size": 16},
+    "mixture_of_depths": {"capacity": 1.0},
 }
 
 
@@ -70,6 +72,8 @@ def test_floors_count_what_is_computed(row, span, monkeypatch):
     monkeypatch.setattr(costs, "visible_pairs", lambda span, *kind: span.tokens * (span.before + span.tokens))
     monkeypatch.setattr(costs_of_long_context, "segment_pairs", lambda window, span: span.tokens * window.span)
     monkeypatch.setattr(costs_of_long_context, "slot_pairs", lambda rate, span: span.tokens * rate.reach)
+    monkeypatch.setattr(costs_of_hierarchies, "often", lambda span, tokens: 1)  # this step completes all groups
+    monkeypatch.setattr(RoutedView, "decide", lambda self, scores: torch.ones_like(scores, dtype=torch.bool))
     operations = costs.cost(paper(row), span).operations
     if span.tokens == 1 and "bounded state" not in row.exceptions:  # a step need not be made of matrix products
         assert counted(row, span) <= 1.02 * operations

@@ -278,6 +278,8 @@ def loss_and_logits(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """What `model.lm_head` makes of the hidden states; a loss in training over many logits is made without them."""
     check_labels(labels, hidden_states)
+    if getattr(model.config, "scale_logits", False):
+        hidden_states = hidden_states * model.config.hidden_size**-0.5
     if labels is not None and model.training and hidden_states[..., 0].numel() * model.vocab_size > LOGITS_AT_ONCE:
         return chunked_cross_entropy(hidden_states, model.lm_head, labels, **kwargs), None
     logits = model.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))

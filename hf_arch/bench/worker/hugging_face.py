@@ -51,11 +51,11 @@ class HuggingFace(Subject):
 
 
 class Ours(HuggingFace):
-    """A row of the catalogue."""
+    """A row of the catalogue, whose config is told `fields` beside sizes."""
 
-    def build(self, sizes, row, head, **options):
+    def build(self, sizes, row, head, fields=None, **options):
         architecture = importlib.import_module("hf_arch").find(row)
-        fields = sizes | architecture.head_fields.get(head, {})
+        fields = sizes | architecture.head_fields.get(head, {}) | (fields or {})
         return architecture.load(head)(architecture.load("Config")(**fields))
 
 
