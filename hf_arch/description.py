@@ -44,14 +44,15 @@ class Description:
 
     parameters: all of them. active: those that the products for one token use; of the experts its own, of the input
         embeddings, which are looked up, none.
-    cache_bytes: what the cache holds after a text of `context` tokens, in bfloat16.
+    cache_bytes: what the cache holds after a text of `context` tokens, in bfloat16; None where layers look at numbers
+        to say how much, which there are none of on the meta device.
     read_operations: of matrix products (a multiply-add as two) for a token of a text of `context` tokens, the mean.
     step_operations: the same for one token after such a text.
     """
 
     parameters: int
     active: int
-    cache_bytes: int
+    cache_bytes: int | None
     read_operations: float
     step_operations: float
     context: int
@@ -92,10 +93,15 @@ def active_parameters(model: PreTrainedModel) -> int:
 
 
 @torch.no_grad()
-def held_bytes(model: PreTrainedModel, length: int) -> int:
-    """What the cache holds after a text."""
+def held_bytes(model: PreTrainedModel, length: int) -> int | None:
+    """What the cache holds after a text; None where it takes numbers to know."""
     cache = DynamicCache(config=model.config)
-    model(torch.zeros(1, length, dtype=torch.long, device="meta"), past_key_values=cache, logits_to_keep=1)
+    try:
+        model(torch.zeros(1, length, dtype=torch.long, device="meta"), past_key_values=cache, logits_to_keep=1)
+    except RuntimeError as error:  # NotImplementedError among them
+        if "meta" not in str(error):
+            raise
+        return None
     held = [value for layer in cache.layers for value in vars(layer).values()]
     held += [state for layer in cache.layers for state in getattr(layer, "states", {}).values()]
     return sum(tensor.nbytes for tensor in held if isinstance(tensor, torch.Tensor))
@@ -108,7 +114,7 @@ def side_by_side(described: Iterable[tuple[str, Description]]) -> str:
     lines = {
         "parameters": lambda d: f"{d.parameters / 1e9:.2f} B",
         "active for a token": lambda d: f"{d.active / 1e9:.2f} B",
-        "cache for a token, bfloat16": lambda d: f"{d.cache_bytes / d.context / 1024:.1f} KiB",
+        "cache for a token, bfloat16": lambda d: f"{d.cache_bytes / d.context / 1024:.1f} KiB" if d.cache_bytes else "",
         f"reading a text of {context} tokens, each": lambda d: f"{d.read_operations / 1e9:.0f} GFLOP",
         f"naming a token after {context}": lambda d: f"{d.step_operations / 1e9:.0f} GFLOP",
     }

@@ -34,13 +34,16 @@ def test_the_readme_shows_known_numbers(capsys):
 @pytest.mark.parametrize("case", ROWS, ids=str)
 def test_every_decoder_is_described(case):
     if case.answers:
-        with pytest.raises(ValueError, match="only decoders are described"):
+        with pytest.raises(ValueError, match="only decoders are described|a decoder alone"):
             hf_arch.describe(case.config())
         return
     model = case.build()
     found = hf_arch.describe(model, context=40)
     assert found.parameters == model.num_parameters() and 0 < found.active <= found.parameters
-    assert found.cache_bytes > 0 and found.read_operations > 0 and found.step_operations > 0
+    looked_at = found.cache_bytes is None  # what is remembered rests on what the text says
+    assert looked_at == (case.row.name in ("mixture_of_depths", "hourglass"))
+    assert looked_at or found.cache_bytes > 0
+    assert found.read_operations > 0 and found.step_operations > 0
 
 
 def test_a_saved_config_is_described_beside_the_others(tmp_path, capsys, monkeypatch):
