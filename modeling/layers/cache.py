@@ -184,6 +184,7 @@ RECURRENT = (
     "local_attention",
     "lsh_attention",
     "modal_hyena",
+    "patch_attention",
     "retention",
     "routing",
     "rwkv4",

@@ -13,7 +13,7 @@ from ...layers.feed_forward import MLP
 from ...layers.level import Level, RowStates
 from ...layers.positions import NoPositions, RotaryEmbedding
 from ...layers.residual import PreNorm
-from ...ops.firing import Fired
+from ...ops.firing import Fired, last_of
 from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
 from ...skeleton.heads import CausalLM, MaskedLM
 from ...skeleton.hierarchy import Hierarchy, Resampling
@@ -147,14 +147,6 @@ class HourglassResampling(Resampling):
         if kept is not None:
             kept.write(0, answer=fired.last(made, held))
         return self.up(stream, {"feed_forward": self.up_feed_forward}) if self.attends else stream
-
-
-def last_of(items: torch.Tensor, count: int, real: torch.Tensor | None) -> torch.Tensor:
-    """The last `count` of items [rows, count + longest, size], where rows go on to where `real` says."""
-    if real is None:
-        return items[:, -count:]
-    index = real.sum(1, keepdim=True) + torch.arange(count, device=items.device)
-    return items.gather(1, index[..., None].expand(-1, -1, items.shape[-1]))
 
 
 class ArchHourglassModel(Hierarchy):
