@@ -134,14 +134,15 @@ class Hierarchy(Backbone):
             fixed = past_key_values.is_compileable
         else:
             fixed = documents is None and is_tracing(hidden_states)
+        unread = hidden_states[..., : self.config.output_size]  # what stands where there is no token
         if documents is not None and not fixed and not documents.any():
-            return hidden_states
+            return unread
         rows = self.unpack(hidden_states, documents, fixed or call.before is not None)
         level = level_of(rows, rows.batch_row, rows.last, call.items_before(0), rows.batch, fixed)
         placed, positions = self.embed_positions(rows.take(hidden_states), level.place)
         answer = self.run_level(0, self.dropout(self.embed_norm(placed)), positions, level, call)
         call.remember_counts(self.config.num_levels)
-        return rows.put(hidden_states, answer)
+        return rows.put(unread, answer)
 
     @staticmethod
     def unpack(tokens: torch.Tensor, documents: torch.Tensor | None, in_order: bool) -> ChosenRows:
