@@ -13,6 +13,7 @@ alone, which makes the first byte of each patch know all that was read.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
@@ -47,7 +48,8 @@ class MegaByteResampling(Resampling):
     """x'_g = the items of a patch side by side, y = (x, or a learned start at the first place of a patch) + W answer_p,
     the p-th part of the answer to the patch before.
 
-    An item [own size + those of the levels above] is what its level reads, and what those above will read of it.
+    An item [own size + those of the levels above] is what its level reads, and what those above will read of it. Before
+    a text there is, for the last level, what is learned; others begin with the learned start.
     """
 
     def __init__(self, config: ArchMegaByteConfig, level: int):
@@ -58,7 +60,7 @@ class MegaByteResampling(Resampling):
         self.answer_norm = RMSNorm(above, config.norm_eps)
         self.answer_proj = nn.Linear(above // self.patch_size, self.size, bias=False)
         self.start = nn.Parameter(torch.empty(self.size))
-        self.before_text = nn.Parameter(torch.empty(self.patch_size - 1, sum(self.parts)))
+        self.before_text = nn.Parameter(torch.empty(self.patch_size - 1, self.parts[-1]))
 
     def init_parameters(self, std: float) -> None:
         init.normal_(self.start, std=std)
@@ -73,11 +75,11 @@ class MegaByteResampling(Resampling):
         fires = level.place % self.patch_size == 0
         if level.real is not None:
             fires = fires & level.real
-        new, before = stream[..., self.size :], self.before_text.to(stream.dtype).expand(len(stream), -1, -1)
+        before = F.pad(self.before_text.to(stream.dtype), (sum(self.parts[:-1]), 0)).expand(len(stream), -1, -1)
         held = None if kept is None else kept.read("items")
         if held is not None:
             before = torch.where(level.place[:, :1, None] == 0, before, held.to(stream.dtype))
-        around = torch.cat((before, new), dim=1)
+        around = torch.cat((before, stream[..., self.size :]), dim=1)
         if kept is not None:
             kept.write(0, items=last_of(around, self.patch_size - 1, level.real))
         return fires.expand(stream.shape[:2]), around
