@@ -24,7 +24,9 @@ class PatchRows(NamedTuple):
         for anything, which is also past the end of a row."""
         size = self.size
         if self.late is None:
-            return F.pad(rows, (0, 0) * (rows.ndim - 2) + (0, -self.length % size)).unflatten(1, (-1, size))
+            missing = -self.length % size
+            whole = F.pad(rows, (0, 0) * (rows.ndim - 2) + (0, missing)) if missing else rows  # padding by none copies
+            return whole.unflatten(1, (-1, size))
         slots = size if self.step else -(-(size - 1 + self.length) // size) * size
         slot = torch.arange(slots, device=rows.device)
         source = (slot - self.late[:, None]).clamp(0, self.length - 1)
