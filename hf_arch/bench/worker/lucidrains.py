@@ -59,8 +59,8 @@ class Hourglass(Subject):
 
 
 class MegaByte(Subject):
-    """A layer over bytes, the others over patches, twice as wide, with twice the heads, as in ours of so few layers; the
-    package has as many heads everywhere."""
+    """A layer over bytes, the others over patches, twice as wide, with twice the heads, as in ours of so few layers:
+    the package has as many heads everywhere."""
 
     def __init__(self, shape: dict, longest: int, **options):
         peer = importlib.import_module("MEGABYTE_pytorch.megabyte")
