@@ -140,6 +140,12 @@ VARIANTS = {
         | {"feed_forward_types": ["gated", "sparse", "dense"], "num_local_experts": 4, "norm_type": "rms_norm"}
         | {"mlp_bias": False},
     },
+    "megabyte": {
+        "three_levels": {"patch_sizes": [4, 3], "global_hidden_sizes": [16, 48], "num_hidden_layers": 4}
+        | {"layer_types": ["ragged_sliding_attention", *["patch_attention"] * 3], "sliding_window": 3}
+        | {"layer_levels": [2, 1, 0, 0], "position_type": "learned", "attention_bias": True, "mlp_bias": False}
+        | {"feed_forward_types": ["gated", "sparse", "dense", "gated"], "num_local_experts": 4},
+    },
     "hat": {
         "one_level": {"segment_lengths": [], "layer_types": ["level_0"] * 3},
         "three_levels": {"segment_lengths": [5, 4], "num_hidden_layers": 5}

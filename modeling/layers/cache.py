@@ -218,6 +218,7 @@ RECURRENT = (
     "local_attention",
     "lsh_attention",
     "modal_hyena",
+    "patch_attention",
     "retention",
     "retrieval_attention",
     "routing",
