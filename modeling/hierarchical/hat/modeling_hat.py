@@ -6,7 +6,6 @@ real tokens: nothing rests on how texts are padded or put together, and what is 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -14,12 +13,12 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, ModelOutput
 from transformers.utils import can_return_tuple
 
-from ...layers.attention import BidirectionalAttention
-from ...layers.positions import NoPositions, Plain
-from ...layers.residual import PostNorm
-from ...layers.segments import find_segments
-from ...layers.view import View
-from ...ops.documents import EvenlyUnpacked, Unpacked
+from ...layers.attention import BidirectionalAttention, CrossAttention
+from ...layers.attention_pooling import AttentionPooling
+from ...layers.gated_recurrence import BidirectionalGRU
+from ...layers.levels import AskingMask, AskingView, LevelPositions, MemberMask, MemberView, NoLevelPositions
+from ...layers.residual import PostNorm, Replaced
+from ...layers.segments import Hierarchy, find_segments
 from ...skeleton.backbone import Backbone
 from ...skeleton.checks import check_inputs
 from ...skeleton.classifiers import MultipleChoice, SequenceClassification, TokenClassification
@@ -27,86 +26,50 @@ from ...skeleton.heads import MaskedLM, also_named
 from ...skeleton.masks import number_documents
 from .configuration_hat import ArchHatConfig
 
+LEVEL_MIXERS = {
+    "level": BidirectionalAttention,
+    "gru": BidirectionalGRU,
+    "pool": AttentionPooling,
+    "down": CrossAttention,
+}
+LEVEL_VIEWS = {"level": MemberView, "gru": MemberView, "pool": AskingView, "down": AskingView}
 
-class LevelMask(NamedTuple):
-    """What the layers of a level are told in the place of a mask: whose members are whose, and the mask in segments."""
-
-    segments: Unpacked | EvenlyUnpacked
-    mask: torch.Tensor | None
-
-
-class LevelTables(NamedTuple):
-    """A vector per place in a segment, of each level: parameters, so that checkpointed layers find them in backward."""
-
-    tables: tuple[torch.Tensor, ...]
-
-    rotate = Plain.rotate
-    attend = Plain.attend
-
-
-class LevelPositions(NoPositions):
-    """x + a learned vector per place in the segment of level 0; layers of other levels add theirs to the leaders."""
-
-    def __init__(self, config: ArchHatConfig):
-        super().__init__(config)
-        self.levels = nn.ModuleList(nn.Embedding(length, config.hidden_size) for length in config.level_lengths)
-
-    def forward(self, hidden_states, position_ids):
-        return hidden_states + self.levels[0](position_ids), LevelTables(tuple(level.weight for level in self.levels))
-
-
-class SegmentView(View):
-    """A layer sees each segment of tokens as a text of its own: [segments, longest, size]."""
-
-    def forward(
-        self, stream: torch.Tensor, inside: Callable[..., torch.Tensor], attention_mask: LevelMask, **context
-    ) -> torch.Tensor:
-        segments = attention_mask.segments
-        context |= {"attention_mask": attention_mask.mask, "documents": segments.real}
-        return segments.repack_into(stream, inside(segments.unpack(stream), **context))
-
-
-class LeaderView(SegmentView):
-    """A layer sees the leaders of the segments below, with the vector of their place. Other tokens pass it by."""
-
-    def __init__(self, config: ArchHatConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
-        self.level = config.layer_kinds.index(config.layer_types[layer_idx])
-
-    def forward(self, stream, inside, attention_mask, position_embeddings, **context):
-        def placed(rows: torch.Tensor, **told) -> torch.Tensor:
-            return inside(rows + position_embeddings.tables[self.level][: rows.shape[1]], **told)
-
-        return super().forward(stream, placed, attention_mask, position_embeddings=position_embeddings, **context)
+LEVEL_RESIDUALS = {"post_norm": PostNorm, "replaced": Replaced}
+LEVEL_POSITIONS = {"learned": LevelPositions, "none": NoLevelPositions}
 
 
 @dataclass
 class SegmentedOutput(BaseModelOutputWithPoolingAndCrossAttentions):
     """
     pooler_output [documents, size]:
-        The largest of each number over a document's segments. There is a document per row, unless rows are packed.
+        What speaks for each document, by `config.document_pooling`. There is a document per row, unless rows are
+        packed.
     segment_embeddings [documents, segments, size], segment_mask [documents, segments]:
         The leaders of level 0, zero past a document's last segment; 1 where there is one.
+    level_embeddings, level_masks:
+        The same of every level but the last, from the lowest: those of sentences, of paragraphs, ...
     router_logits, router_choices:
         Of sparse feed-forwards, over the members of their level; as in `CausalLMOutput`.
     """
 
     segment_embeddings: torch.FloatTensor | None = None
     segment_mask: torch.LongTensor | None = None
+    level_embeddings: tuple[torch.FloatTensor, ...] | None = None
+    level_masks: tuple[torch.LongTensor, ...] | None = None
     router_logits: tuple[torch.FloatTensor, ...] | None = None
     router_choices: tuple[torch.LongTensor, ...] | None = None
 
 
 class ArchHatModel(Backbone):
     config: ArchHatConfig
-    residual = PostNorm
-    positions = LevelPositions
     norm_class = nn.LayerNorm
 
     def __init__(self, config: ArchHatConfig):
-        first, *others = config.layer_kinds
-        self.views = {first: SegmentView} | dict.fromkeys(others, LeaderView)
-        self.mixers = dict.fromkeys(config.layer_kinds, BidirectionalAttention)
+        parts = {kind: config.part_and_level(kind)[0] for kind in config.layer_kinds}
+        self.views = {kind: LEVEL_VIEWS[part] for kind, part in parts.items()}
+        self.mixers = {kind: LEVEL_MIXERS[part] for kind, part in parts.items()}
+        self.residual = LEVEL_RESIDUALS[config.residual_type]
+        self.positions = LEVEL_POSITIONS[config.position_type]
         super().__init__(config)
 
     @can_return_tuple
@@ -132,32 +95,87 @@ class ArchHatModel(Backbone):
         check_segment_inputs(tokens, attention_mask, segment_starts)
         documents = number_documents(self.config, tokens, attention_mask, position_ids=position_ids)
         text = find_segments(tokens, documents, segment_starts, self.config.level_lengths)
-        masks = {kind: self.mask_of(level) for kind, level in zip(self.config.layer_kinds, text.levels, strict=True)}
         told = {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids, "return_dict": True}
-        outputs = super().forward(input_ids, masks, text.places, **told, **kwargs)
-        return with_embeddings(outputs, text.leaders)
+        outputs = super().forward(input_ids, self.level_masks(text), text.places, **told, **kwargs)
+        return with_embeddings(self.config, outputs, text)
 
-    def mask_of(self, segments: Unpacked | EvenlyUnpacked) -> LevelMask:
-        """Every real member of a segment sees every other."""
-        real = segments.real
+    def level_masks(self, text: Hierarchy) -> dict[str, MemberMask | AskingMask]:
+        """What the layers of each type are told."""
+        masks = {}
+        for kind in self.kinds:
+            part, level = self.config.part_and_level(kind)
+            masks[kind] = TOLD[part](self, text, level)
+        return masks
+
+    def all_seen(self, real: torch.Tensor | None, asking: int | None = None) -> torch.Tensor | None:
+        """The mask by which everyone sees all that is `real` [segments, longest]; `asking`: how many do, if others."""
         if real is None:
-            return LevelMask(segments, None)
+            return None
         like = torch.empty(*real.shape, 0, dtype=self.dtype, device=real.device)
-        return LevelMask(segments, create_bidirectional_mask(self.config, like, real))
+        if asking is None:
+            return create_bidirectional_mask(self.config, like, real)
+        return create_bidirectional_mask(self.config, like[:, :1].expand(-1, asking, -1), real, like)
 
 
-def with_embeddings(outputs: ModelOutput, leaders: Unpacked | EvenlyUnpacked) -> SegmentedOutput:
+def attending(model: ArchHatModel, text: Hierarchy, level: int) -> MemberMask:
+    members = text.members(level)
+    return MemberMask(members, model.all_seen(members.real), level)
+
+
+def reading(model: ArchHatModel, text: Hierarchy, level: int) -> MemberMask:
+    return MemberMask(text.members(level), None, level)
+
+
+def pooled(model: ArchHatModel, text: Hierarchy, level: int) -> AskingMask:
+    members = text.members(level)
+    return AskingMask(text.first(level), members, members.real)
+
+
+def looking_up(model: ArchHatModel, text: Hierarchy, level: int) -> AskingMask:
+    asking, members = text.tokens(level), text.members(level)
+    longest = asking.longest
+    return AskingMask(asking, members, model.all_seen(members.real, longest))
+
+
+TOLD: dict[str, Callable[[ArchHatModel, Hierarchy, int], MemberMask | AskingMask]] = {
+    "level": attending,
+    "gru": reading,
+    "pool": pooled,
+    "down": looking_up,
+}
+
+
+def largest(found: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    return found.masked_fill(~real[..., None], torch.finfo(found.dtype).min).amax(dim=1)
+
+
+def leading(found: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    return found[:, 0]
+
+
+DOCUMENT_POOLS = {"max": largest, "leader": leading}
+
+
+def with_embeddings(config: ArchHatConfig, outputs: ModelOutput, text: Hierarchy) -> SegmentedOutput:
     """What the layers answered, and what it says of segments and documents."""
-    found, real = leaders.unpack(outputs.last_hidden_state), leaders.real
-    if real is None:
-        real = torch.ones(found.shape[:2], dtype=torch.bool, device=found.device)
+    found, reals = [], []
+    for level in range(max(1, config.num_levels - 1)):
+        leaders = text.leaders(level)
+        found.append(leaders.unpack(outputs.last_hidden_state))
+        real = leaders.real
+        shape, device = found[-1].shape[:2], found[-1].device
+        reals.append(torch.ones(shape, dtype=torch.bool, device=device) if real is None else real)
+    masks = tuple(real.long() for real in reals)
     return SegmentedOutput(
         last_hidden_state=outputs.last_hidden_state,
-        pooler_output=found.masked_fill(~real[..., None], torch.finfo(found.dtype).min).amax(dim=1),
+        pooler_output=DOCUMENT_POOLS[config.document_pooling](found[0], reals[0]),
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
-        segment_embeddings=found,
-        segment_mask=real.long(),
+        cross_attentions=outputs.get("cross_attentions"),
+        segment_embeddings=found[0],
+        segment_mask=masks[0],
+        level_embeddings=tuple(found),
+        level_masks=masks,
         router_logits=outputs.get("router_logits"),
         router_choices=outputs.get("router_choices"),
     )
