@@ -116,8 +116,8 @@ VARIANTS = {
         | {"layer_types": ["level_0", "level_1", "level_2", "level_1", "level_0"]},
         "top_down": {"segment_lengths": [5, 4], "num_hidden_layers": 7, "shared_levels": True}
         | {"layer_types": ["level_0", "level_1", "level_0", "level_2", "down_1", "down_2", "pool_1"]},
-        "han": {"layer_types": ["gru_0", "pool_0", "gru_1", "pool_1"], "num_hidden_layers": 4}
-        | {"feed_forward_types": ["none"] * 4, "position_type": "none", "residual_type": "replaced"}
+        "han": {"layer_types": ["gru_0", "pool_0", "gru_1", "pool_1", "gru_0"], "num_hidden_layers": 5}
+        | {"feed_forward_types": ["none"] * 5, "position_type": "none", "residual_type": "replaced"}
         | {"embedding_norm": False, "document_pooling": "leader"},
     },
     "encoder_decoder": {

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from slow_hat import slow_hat
+from slow_hat import gru, linear, pooling, slow_hat
 from torch.testing import assert_close
 
 from hf_arch import find
@@ -74,6 +74,7 @@ def test_embeddings_of_segments_and_documents():
     assert_close(found.pooler_output, found.segment_embeddings.amax(1))
     assert found.segment_mask.all() and found.segment_mask.shape == (2, 5)
     assert found[1] is found.pooler_output
+    assert len(found.level_embeddings) == 1 and torch.equal(found.level_embeddings[0], found.segment_embeddings)
     assert_close(model(tokens, return_dict=False)[1], found.pooler_output)
     assert isinstance(model(tokens, return_dict=False), tuple)
 
@@ -139,11 +140,76 @@ def test_what_cannot_be_said_of_segments():
         ({"segment_lengths": [4, 4]}, "No layer works at level_2: name it in layer_types"),
         ({"layer_types": ["level_0", "level_3", "level_0"]}, "level_3; hf_arch_hat knows level_0, level_1"),
         ({"layer_types": ["level_1"] * 3}, "No layer works at level_0"),
+        ({"layer_types": ["pool_0", "level_1", "down_1"]}, "No layer works at level_0"),
+        ({"residual_type": "pre"}, "residual_type 'pre' is unknown; there are post_norm, replaced"),
+        ({"layer_types": ["gru_0", "gru_1", "gru_0"], "hidden_size": 25, "num_attention_heads": 5}, "25 is odd"),
     ],
 )
 def test_configurations_that_cannot_be(fields, said):
     with pytest.raises(StrictDataclassError, match=said):
         ROW.tiny_config(**fields)
+
+
+@torch.no_grad()
+def test_every_level_has_its_representations():
+    model, tokens = build(**SHAPES["three_levels"]), some_tokens()
+    starts = torch.zeros_like(tokens)
+    starts[:, ::3], starts[0, 33] = 1, 2  # 24 sentences; a paragraph after 11 of them, and after every four
+    found = model(tokens, segment_starts=starts)
+    sentences, paragraphs = found.level_embeddings
+    assert torch.equal(sentences, found.last_hidden_state[:, ::3]) and found.level_masks[0].shape == (2, 24)
+    assert torch.equal(paragraphs[0, :7], found.last_hidden_state[0, [0, 12, 24, 33, 45, 57, 69]])
+    assert found.level_masks[1].tolist() == [[1] * 7, [1] * 6 + [0]] and not paragraphs[1, 6].any()
+
+
+@torch.no_grad()
+def test_a_token_hears_from_above_in_the_layer_that_asks():
+    """Without it a word that is not a leader hears nothing of other segments before level 0 runs again."""
+    tokens = some_tokens(1)
+    changed = tokens.clone()
+    changed[0, 20] = 3 + changed[0, 20] % 90
+    for layers, reached in ((["level_0", "level_1", "down_1"], True), (["level_0", "level_1", "level_1"], False)):
+        model = build(layer_types=layers)
+        assert ((model(changed)[0] - model(tokens)[0]).abs().amax(-1)[0, 40] > 1e-4) == reached
+
+
+def test_levels_that_share_their_parameters():
+    fields = SHAPES["top_down"]
+    shared, own = build(**fields), build(**fields | {"shared_levels": False})
+    assert shared.config.layer_groups == [0, 0, 1, 0, 2, 2, 3] and own.config.layer_groups == list(range(7))
+    layer = sum(x.numel() for x in own.layers[0].parameters())
+    saved = [sum(x.numel() for x in model.parameters()) for model in (own, shared)]
+    assert saved[0] - saved[1] == 3 * layer
+    with pytest.raises(StrictDataclassError, match="share parameters have feed-forwards none and dense"):
+        ROW.tiny_config(**fields, feed_forward_types=["none"] + ["dense"] * 6)
+
+
+@torch.no_grad()
+def test_han_is_its_paper():
+    """Yang et al., 2016, equations 1 to 11: words, sentences, and the classes of the document."""
+    config = ROW.load("Config").han(hidden_size=12, vocab_size=96, num_labels=3, initializer_range=0.5, pad_token_id=0)
+    assert config.layer_types == ["gru_0", "pool_0", "gru_1", "pool_1"] and config.layer_groups == [0, 1, 2, 3]
+    torch.manual_seed(0)
+    model = ROW.load("ForSequenceClassification")(config).double().eval()
+    weights, tokens = weights_of(model), some_tokens(1, 40)
+    starts = [0, 7, 8, 25]
+    marks = torch.zeros_like(tokens)
+    marks[0, starts] = 1
+    words = [weights["model.embed_tokens.weight"][part] for part in tokens[0].tensor_split(starts[1:])]
+    layers = [f"model.layers.{number}." for number in range(4)]
+    sentences = torch.stack([pooling(weights, layers[1], gru(weights, layers[0], x)) for x in words])
+    document = pooling(weights, layers[3], gru(weights, layers[2], sentences))
+    expected = linear(weights, "score", document)
+    assert_close(model(tokens, segment_starts=marks).logits[0], expected, **EXACT)
+
+
+def test_other_forms_of_han():
+    make = ROW.load("Config").han
+    deep = make(num_levels=3, segment_lengths=[30, 20])
+    assert deep.layer_types == ["gru_0", "pool_0", "gru_1", "pool_1", "gru_2", "pool_2"]
+    attends = make(reads="level", hidden_size=24)
+    assert attends.layer_types == ["level_0", "pool_0", "level_1", "pool_1"]
+    assert attends.feed_forward_types == ["dense", "none"] * 2 and attends.residual_type == "post_norm"
 
 
 def test_a_shallow_model_has_a_layer_at_each_level():
