@@ -337,6 +337,12 @@ def inputs_and_labels(case: Case, model: nn.Module) -> dict[str, torch.Tensor]:
         return {"input_ids": some_tokens(4).view(2, 2, -1), "labels": torch.tensor([0, 1])}
     if case.head == "ForTokenClassification":
         return {"input_ids": tokens, "labels": tokens % 2}
+    if case.head == "ForSegmentClassification":
+        return {"input_ids": tokens, "labels": torch.tensor([[0, 1, 1, 0, 1], [1, 0, -100, 1, 0]])}
+    if case.head == "ForPreTraining":
+        hidden = torch.zeros_like(tokens)
+        hidden[0, 16] = hidden[:, 48] = 1
+        return {"input_ids": tokens, "labels": tokens, "original_ids": tokens.flip(0), "hidden_segments": hidden}
     if case.head == "Model" and model.config.is_encoder_decoder:
         return {"input_ids": tokens, "decoder_input_ids": tokens[:, :30]}
     return {"input_ids": tokens} | ({} if case.head in ("Model", "EncoderModel") else {"labels": tokens})

@@ -74,7 +74,7 @@ def test_embeddings_of_segments_and_documents():
     assert_close(found.pooler_output, found.segment_embeddings.amax(1))
     assert found.segment_mask.all() and found.segment_mask.shape == (2, 5)
     assert found[1] is found.pooler_output
-    assert len(found.level_embeddings) == 1 and torch.equal(found.level_embeddings[0], found.segment_embeddings)
+    assert torch.equal(found.level_embeddings, found.segment_embeddings[:, None])
     assert_close(model(tokens, return_dict=False)[1], found.pooler_output)
     assert isinstance(model(tokens, return_dict=False), tuple)
 
@@ -156,10 +156,10 @@ def test_every_level_has_its_representations():
     starts = torch.zeros_like(tokens)
     starts[:, ::3], starts[0, 33] = 1, 2  # 24 sentences; a paragraph after 11 of them, and after every four
     found = model(tokens, segment_starts=starts)
-    sentences, paragraphs = found.level_embeddings
-    assert torch.equal(sentences, found.last_hidden_state[:, ::3]) and found.level_masks[0].shape == (2, 24)
+    sentences, paragraphs = found.level_embeddings.unbind(1)
+    assert torch.equal(sentences, found.last_hidden_state[:, ::3]) and found.level_masks[:, 0].all()
     assert torch.equal(paragraphs[0, :7], found.last_hidden_state[0, [0, 12, 24, 33, 45, 57, 69]])
-    assert found.level_masks[1].tolist() == [[1] * 7, [1] * 6 + [0]] and not paragraphs[1, 6].any()
+    assert found.level_masks[:, 1].sum(-1).tolist() == [7, 6] and not paragraphs[1, 6:].any()
 
 
 @torch.no_grad()

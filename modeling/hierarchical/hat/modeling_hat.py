@@ -24,6 +24,7 @@ from ...skeleton.checks import check_inputs
 from ...skeleton.classifiers import MultipleChoice, SequenceClassification, TokenClassification
 from ...skeleton.heads import MaskedLM, also_named
 from ...skeleton.masks import number_documents
+from ..modeling_segments import SegmentClassification, SegmentPreTraining
 from .configuration_hat import ArchHatConfig
 
 LEVEL_MIXERS = {
@@ -46,16 +47,17 @@ class SegmentedOutput(BaseModelOutputWithPoolingAndCrossAttentions):
         packed.
     segment_embeddings [documents, segments, size], segment_mask [documents, segments]:
         The leaders of level 0, zero past a document's last segment; 1 where there is one.
-    level_embeddings, level_masks:
-        The same of every level but the last, from the lowest: those of sentences, of paragraphs, ...
+    level_embeddings [documents, levels, segments, size], level_masks [documents, levels, segments]:
+        The same of every level but the last, from the lowest: those of sentences, of paragraphs, ...; with places for
+        as many segments as level 0 has.
     router_logits, router_choices:
         Of sparse feed-forwards, over the members of their level; as in `CausalLMOutput`.
     """
 
     segment_embeddings: torch.FloatTensor | None = None
     segment_mask: torch.LongTensor | None = None
-    level_embeddings: tuple[torch.FloatTensor, ...] | None = None
-    level_masks: tuple[torch.LongTensor, ...] | None = None
+    level_embeddings: torch.FloatTensor | None = None
+    level_masks: torch.LongTensor | None = None
     router_logits: tuple[torch.FloatTensor, ...] | None = None
     router_choices: tuple[torch.LongTensor, ...] | None = None
 
@@ -92,12 +94,16 @@ class ArchHatModel(Backbone):
         """
         check_inputs(self.config, input_ids, inputs_embeds, attention_mask, position_ids, None)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
-        check_segment_inputs(tokens, attention_mask, segment_starts)
-        documents = number_documents(self.config, tokens, attention_mask, position_ids=position_ids)
-        text = find_segments(tokens, documents, segment_starts, self.config.level_lengths)
+        text = self.segments_of(tokens, attention_mask, position_ids, segment_starts)
         told = {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids, "return_dict": True}
         outputs = super().forward(input_ids, self.level_masks(text), text.places, **told, **kwargs)
         return with_embeddings(self.config, outputs, text)
+
+    def segments_of(self, tokens, attention_mask=None, position_ids=None, segment_starts=None) -> Hierarchy:
+        """Whose members are whose in a batch `tokens` [batch, length, ...]; the rest as `forward` is told."""
+        check_segment_inputs(tokens, attention_mask, segment_starts)
+        documents = number_documents(self.config, tokens, attention_mask, position_ids=position_ids)
+        return find_segments(tokens, documents, segment_starts, self.config.level_lengths)
 
     def level_masks(self, text: Hierarchy) -> dict[str, MemberMask | AskingMask]:
         """What the layers of each type are told."""
@@ -158,24 +164,24 @@ DOCUMENT_POOLS = {"max": largest, "leader": leading}
 
 def with_embeddings(config: ArchHatConfig, outputs: ModelOutput, text: Hierarchy) -> SegmentedOutput:
     """What the layers answered, and what it says of segments and documents."""
-    found, reals = [], []
+    found, masks, most = [], [], text.leaders(0).longest
     for level in range(max(1, config.num_levels - 1)):
         leaders = text.leaders(level)
-        found.append(leaders.unpack(outputs.last_hidden_state))
-        real = leaders.real
-        shape, device = found[-1].shape[:2], found[-1].device
-        reals.append(torch.ones(shape, dtype=torch.bool, device=device) if real is None else real)
-    masks = tuple(real.long() for real in reals)
+        rows, real = leaders.unpack(outputs.last_hidden_state), leaders.real
+        real = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device) if real is None else real
+        missing = most - real.shape[1]
+        found.append(nn.functional.pad(rows, (0, 0, 0, missing)))
+        masks.append(nn.functional.pad(real, (0, missing)))
     return SegmentedOutput(
         last_hidden_state=outputs.last_hidden_state,
-        pooler_output=DOCUMENT_POOLS[config.document_pooling](found[0], reals[0]),
+        pooler_output=DOCUMENT_POOLS[config.document_pooling](found[0], masks[0]),
         hidden_states=outputs.hidden_states,
         attentions=outputs.attentions,
         cross_attentions=outputs.get("cross_attentions"),
         segment_embeddings=found[0],
-        segment_mask=masks[0],
-        level_embeddings=tuple(found),
-        level_masks=masks,
+        segment_mask=masks[0].long(),
+        level_embeddings=torch.stack(found, dim=1),
+        level_masks=torch.stack(masks, dim=1).long(),
         router_logits=outputs.get("router_logits"),
         router_choices=outputs.get("router_choices"),
     )
@@ -210,3 +216,13 @@ class ArchHatForMultipleChoice(MultipleChoice):
     config: ArchHatConfig
     backbone = ArchHatModel
     forward = also_named(MultipleChoice.forward, "segment_starts")
+
+
+class ArchHatForSegmentClassification(SegmentClassification):
+    config: ArchHatConfig
+    backbone = ArchHatModel
+
+
+class ArchHatForPreTraining(SegmentPreTraining):
+    config: ArchHatConfig
+    backbone = ArchHatModel
