@@ -246,3 +246,21 @@ def test_choices_are_scored_as_texts_of_their_own():
     told = {"labels": torch.tensor([2, 0]), "num_items_in_batch": 8}  # of all pieces of an accumulated batch
     pieces = model(tokens, attention_mask=mask, segment_starts=starts, **told)
     assert_close(pieces.loss, found.loss * 2 / 8)
+
+
+@torch.no_grad()
+def test_a_score_for_each_segment():
+    told = {"segment_starts": (torch.arange(70) % 30 == 0).long().expand(2, -1)}  # of 16, 14, 16, 14 and 10 tokens
+    model, tokens = build("ForSegmentClassification", num_labels=3), some_tokens()
+    labels = torch.tensor([[0, 2, 1, -100, 1], [2, 2, -100, 0, 1]])
+    found = model(tokens, labels=labels, **told)
+    expected = model.score(model.model(tokens, **told).segment_embeddings)
+    assert_close(found.logits, expected)
+    assert_close(found.loss, torch.nn.functional.cross_entropy(expected.flatten(0, 1), labels.flatten()))
+    assert_close(model(tokens, labels=labels, num_items_in_batch=16, **told).loss, found.loss / 2)
+    chooses = build("ForSegmentClassification", num_labels=1)
+    found = chooses(tokens, labels=(labels > 0).float(), **told)
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(found.logits[..., 0], (labels > 0).double())
+    assert_close(found.loss, loss)
+    with pytest.raises(ValueError, match=r"labels are \[2, 70\], but the segments \[2, 5\]: one for each segment"):
+        model(tokens, labels=tokens, **told)

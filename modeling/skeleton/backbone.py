@@ -159,7 +159,7 @@ class Backbone(ArchPreTrainedModel):
         hidden_states, position_embeddings = self.embed_positions(hidden_states, position_ids)
 
         context = kwargs | {"documents": masks.get("documents")}
-        stream = self.residual.enter(self.dropout(self.embed_norm(hidden_states)))
+        stream = self.begin(self.dropout(self.embed_norm(hidden_states)), masks)
         for layer_idx, (group, kind) in enumerate(self.calls):
             stream = self.layers[group](
                 stream,
@@ -173,6 +173,10 @@ class Backbone(ArchPreTrainedModel):
             )
         hidden_states = self.norm(self.residual.leave(stream).to(hidden_states.dtype))
         return MoeModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def begin(self, hidden_states: torch.Tensor, masks: dict) -> torch.Tensor:
+        """The stream that the first layer reads."""
+        return self.residual.enter(hidden_states)
 
     def make_cache(self) -> Cache:
         if unknown := set(self.config.layer_types) - set(DYNAMIC_LAYER_TYPE_MAPPING):

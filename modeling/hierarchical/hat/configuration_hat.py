@@ -124,6 +124,15 @@ class ArchHatConfig(ArchConfig):
         return [order.index(group) for group in groups]
 
     @property
+    def first_across(self) -> int | None:
+        """The first layer of the last level, where only such come from there on: what lies below is read without
+        knowing of anything above. None where a lower level reads what an upper one has understood."""
+        last = self.num_levels - 1
+        parts = [self.part_and_level(kind) for kind in self.layer_types]
+        first = [level for _, level in parts].index(last)
+        return first if last and all(part != ASKING and level == last for part, level in parts[first:]) else None
+
+    @property
     def pooling(self) -> str:
         return DOCUMENT_POOLINGS[self.document_pooling]
 

@@ -5,12 +5,11 @@ real tokens: nothing rests on how texts are padded or put together, and what is 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, ModelOutput
 from transformers.utils import can_return_tuple
 
 from ...layers.attention import BidirectionalAttention, CrossAttention
@@ -24,6 +23,7 @@ from ...skeleton.checks import check_inputs
 from ...skeleton.classifiers import MultipleChoice, SequenceClassification, TokenClassification
 from ...skeleton.heads import MaskedLM, also_named
 from ...skeleton.masks import number_documents
+from ..modeling_levels import SegmentedOutput, with_embeddings
 from ..modeling_segments import SegmentClassification, SegmentPreTraining
 from .configuration_hat import ArchHatConfig
 
@@ -39,27 +39,15 @@ LEVEL_RESIDUALS = {"post_norm": PostNorm, "replaced": Replaced}
 LEVEL_POSITIONS = {"learned": LevelPositions, "none": NoLevelPositions}
 
 
-@dataclass
-class SegmentedOutput(BaseModelOutputWithPoolingAndCrossAttentions):
-    """
-    pooler_output [documents, size]:
-        What speaks for each document, by `config.document_pooling`. There is a document per row, unless rows are
-        packed.
-    segment_embeddings [documents, segments, size], segment_mask [documents, segments]:
-        The leaders of level 0, zero past a document's last segment; 1 where there is one.
-    level_embeddings [documents, levels, segments, size], level_masks [documents, levels, segments]:
-        The same of every level but the last, from the lowest: those of sentences, of paragraphs, ...; with places for
-        as many segments as level 0 has.
-    router_logits, router_choices:
-        Of sparse feed-forwards, over the members of their level; as in `CausalLMOutput`.
+class DialogueState(NamedTuple):
+    """What was read of dialogues: the members of the last level, before its layers.
+
+    members [dialogues, turns, size], left-aligned; real [dialogues, turns] whether there is one. A turn that is longer
+    than a segment of the level below counts as several.
     """
 
-    segment_embeddings: torch.FloatTensor | None = None
-    segment_mask: torch.LongTensor | None = None
-    level_embeddings: torch.FloatTensor | None = None
-    level_masks: torch.LongTensor | None = None
-    router_logits: tuple[torch.FloatTensor, ...] | None = None
-    router_choices: tuple[torch.LongTensor, ...] | None = None
+    members: torch.Tensor
+    real: torch.Tensor
 
 
 class ArchHatModel(Backbone):
@@ -98,6 +86,67 @@ class ArchHatModel(Backbone):
         told = {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids, "return_dict": True}
         outputs = super().forward(input_ids, self.level_masks(text), text.places, **told, **kwargs)
         return with_embeddings(self.config, outputs, text)
+
+    def read_turn(
+        self,
+        state: DialogueState | None = None,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        segment_starts: torch.LongTensor | None = None,
+    ) -> tuple[SegmentedOutput, DialogueState]:
+        """Go on with dialogues [batch, length of the new turns]: what `forward` would say of the whole of them, of the
+        tokens of the new turns and of all segments of the level below the last (`level_embeddings[:, -1]`; lower ones
+        are those of the new turns), and the state to go on from.
+
+        Levels below the last read the new turns alone, as they do in the whole dialogue: the last level reads all
+        turns, which are few. It is the same only where no lower layer comes after those of the last level; ValueError
+        else. A dialogue that has no new turn is masked out. Nothing of old turns is trained.
+        """
+        first = self.config.first_across
+        if first is None:
+            raise ValueError(
+                "In this model lower levels read what the last one has understood, so that a new turn changes what old "
+                f"ones mean: layer_types is {self.config.layer_types}. Put the layers of the last level at the end."
+            )
+        check_inputs(self.config, input_ids, inputs_embeds, attention_mask, None, None)
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        check_segment_inputs(tokens, attention_mask, segment_starts)
+        text, masks = self.carried_on(tokens, attention_mask, segment_starts, state)
+        seen = masks["carried"].shape[1]
+        told = {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids, "return_dict": True}
+        places = text.places[:, seen:]
+        outputs = super().forward(input_ids, masks, places, **told, output_hidden_states=True)
+        members = text.members(self.config.num_levels - 1)
+        state = DialogueState(members.unpack(outputs.hidden_states[first]).detach(), members.real)
+        told = {"last_hidden_state": outputs.last_hidden_state[:, seen:], "hidden_states": None}
+        if self.config.document_pooling == "max" and self.config.num_levels > 2:
+            told["pooler_output"] = None  # the largest over segments that are no longer here
+        return with_embeddings(self.config, outputs, text, **told), state
+
+    def carried_on(self, tokens, attention_mask, segment_starts, state: DialogueState | None) -> tuple[Hierarchy, dict]:
+        """The members that were read before in columns of their own, before those of the new turns."""
+        batch, length = tokens.shape[:2]
+        if state is None:
+            nothing = torch.zeros(batch, 0, dtype=torch.bool, device=tokens.device)
+            state = DialogueState(self.embed_tokens.weight.new_zeros(batch, 0, self.config.hidden_size), nothing)
+        if len(state.members) != batch:
+            raise ValueError(f"The state is of {len(state.members)} dialogues, the new turns are of {batch}.")
+        real = torch.ones(batch, length, device=tokens.device) if attention_mask is None else attention_mask
+        starts = torch.zeros_like(real, dtype=torch.long) if segment_starts is None else segment_starts
+        begins = torch.arange(length, device=tokens.device) == real.bool().int().argmax(dim=1, keepdim=True)
+        levels = self.config.num_levels
+        starts = torch.cat(
+            (torch.full_like(state.real, levels, dtype=torch.long), starts.where(~begins, levels)), dim=1
+        )
+        documents = torch.cat((state.real, real.bool()), dim=1).long()
+        text = find_segments(documents, documents, starts, self.config.level_lengths, carried=state.real.shape[1])
+        return text, self.level_masks(text) | {"carried": state.members}
+
+    def begin(self, hidden_states, masks):
+        carried = masks.get("carried")
+        return hidden_states if carried is None else torch.cat((carried.to(hidden_states.dtype), hidden_states), dim=1)
 
     def segments_of(self, tokens, attention_mask=None, position_ids=None, segment_starts=None) -> Hierarchy:
         """Whose members are whose in a batch `tokens` [batch, length, ...]; the rest as `forward` is told."""
@@ -149,42 +198,6 @@ TOLD: dict[str, Callable[[ArchHatModel, Hierarchy, int], MemberMask | AskingMask
     "pool": pooled,
     "down": looking_up,
 }
-
-
-def largest(found: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    return found.masked_fill(~real[..., None], torch.finfo(found.dtype).min).amax(dim=1)
-
-
-def leading(found: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    return found[:, 0]
-
-
-DOCUMENT_POOLS = {"max": largest, "leader": leading}
-
-
-def with_embeddings(config: ArchHatConfig, outputs: ModelOutput, text: Hierarchy) -> SegmentedOutput:
-    """What the layers answered, and what it says of segments and documents."""
-    found, masks, most = [], [], text.leaders(0).longest
-    for level in range(max(1, config.num_levels - 1)):
-        leaders = text.leaders(level)
-        rows, real = leaders.unpack(outputs.last_hidden_state), leaders.real
-        real = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device) if real is None else real
-        missing = most - real.shape[1]
-        found.append(nn.functional.pad(rows, (0, 0, 0, missing)))
-        masks.append(nn.functional.pad(real, (0, missing)))
-    return SegmentedOutput(
-        last_hidden_state=outputs.last_hidden_state,
-        pooler_output=DOCUMENT_POOLS[config.document_pooling](found[0], masks[0]),
-        hidden_states=outputs.hidden_states,
-        attentions=outputs.attentions,
-        cross_attentions=outputs.get("cross_attentions"),
-        segment_embeddings=found[0],
-        segment_mask=masks[0].long(),
-        level_embeddings=torch.stack(found, dim=1),
-        level_masks=torch.stack(masks, dim=1).long(),
-        router_logits=outputs.get("router_logits"),
-        router_choices=outputs.get("router_choices"),
-    )
 
 
 def check_segment_inputs(tokens: torch.Tensor, attention_mask, segment_starts: torch.Tensor | None) -> None:
