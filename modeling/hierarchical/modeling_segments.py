@@ -114,6 +114,7 @@ class SegmentPreTraining(MaskedLM):
 
     def add_head(self, config):
         super().add_head(config)
+        self.loss_type = "ForMaskedLM"  # which transformers tells by the name of a class
         self.foretell = nn.Linear(config.output_size, config.output_size)
 
     @can_return_tuple

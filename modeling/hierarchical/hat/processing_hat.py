@@ -12,6 +12,7 @@ BOUNDARIES = {  # each piece of text keeps the space before it, which a tokenize
 }
 ROLES = ("system", "user", "assistant", "tool")  # by their number in `token_type_ids`
 TURN = 2  # levels that begin a segment where a turn does: that of tokens, and that of segments, if there is one more
+KINDS = ("common_kwargs", "text_kwargs")
 UNSEEN = {"segment_starts": 0, "labels": -100}  # what a tokenizer does not pad, and what ends its rows
 
 
@@ -59,22 +60,24 @@ class ArchHatProcessor(ProcessorMixin):
         pad_to_multiple_of: int | None = None,
         return_tensors: str | None = None,
         segment_labels: list[list] | None = None,
+        **by_kind: dict,
     ) -> BatchEncoding:
         """A text, texts, or texts as lists of their segments -> `input_ids`, `attention_mask`, `segment_starts`.
 
         With `truncation`, a text keeps its first `max_segments` segments; without, a text that has more raises
         ValueError. `padding` and `max_length` are a tokenizer's. `segment_labels`, for each text as many as the
         segments that it is given as, become `labels`: where a segment is longer than segments may be, those that go on
-        with it have -100.
+        with it have -100. `text_kwargs` and `common_kwargs` may hold these arguments: transformers' way to say which
+        are for which kind of input.
         """
+        if by_kind:
+            return self(text, **{name: value for kind in KINDS for name, value in (by_kind.get(kind) or {}).items()})
         padding = {"padding": padding, "max_length": max_length, "pad_to_multiple_of": pad_to_multiple_of}
         if isinstance(text, str):
             row = self.marked(self.segments(text, truncation))
-            return (
-                BatchEncoding(row)
-                if return_tensors is None and not padding["padding"]
-                else self.batch([row], return_tensors, **padding)
-            )
+            if return_tensors is None and not padding["padding"]:
+                return BatchEncoding(row)
+            return self.batch([row], return_tensors, **padding)
         rows = [self.marked(self.segments(one, truncation)) for one in text]
         for row, one, labels in zip(rows, text, segment_labels or (), strict=bool(segment_labels)):
             row["labels"] = self.spread(one, labels)
