@@ -10,6 +10,7 @@ from hf_arch.distill import distill
 from hf_arch.export import export, push_to_hub
 from hf_arch.groups import parameter_groups
 from hf_arch.lora import lora_config, register_targets
+from hf_arch.parallel_windows import parallel_windows
 from hf_arch.registration import register
 from hf_arch.states import fork, load_state, save_state
 
@@ -62,6 +63,7 @@ __all__ = [
     "fork",
     "load_state",
     "lora_config",
+    "parallel_windows",
     "parameter_groups",
     "push_to_hub",
     "recall_at",

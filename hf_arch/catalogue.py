@@ -188,11 +188,12 @@ ARCHITECTURES = (
         | {"dilated_segments": [8, 32], "dilations": [1, 2]},
         exceptions={
             "bounded state": "Dense layers look at every earlier key, and so does, in the end, the text that strided, "
-            "fixed and dilated ones see: their caches grow. Those of layers of type sliding_attention and "
+            "fixed, dilated and retrieving ones see: their caches grow. Those of layers of type sliding_attention and "
             "sink_attention do not.",
-            "bounded step": "And a step of a dense layer reads all of its cache.",
+            "bounded step": "And a step of a dense layer reads all of its cache; one of type retrieval_attention as "
+            "many keys at any length, and a bound for each block.",
             "linear cost": "Dense layers compare all pairs of tokens; strided and fixed ones n (stride + n / stride), "
-            "the others as many as their windows show.",
+            "retrieving ones each token with each block, the others as many as their windows show.",
             "padding does not enter the state": "transformers' cache of a window counts columns, padding included; "
             "that of sink_attention counts real tokens.",
         },

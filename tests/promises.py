@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from hf_arch import ARCHITECTURES, Architecture
 from hf_arch.modeling.layers.centroids import Centroids
+from hf_arch.modeling.layers.retrieval_attention import RetrievalAttention
 from hf_arch.modeling.layers.routers import TopKRouter
 from hf_arch.modeling.long_context.reformer.modeling_reformer import LSHAttention
 
@@ -100,6 +101,8 @@ VARIANTS = {
         "factorized": {"layer_types": ["strided_attention", "fixed_attention"], "num_key_value_heads": 2},
         "dilated": {"layer_types": ["dilated_attention"] * 2, "position_type": "rope"},
         "streaming": {"layer_types": ["sink_attention"] * 2, "position_type": "rope", "num_key_value_heads": 2},
+        "retrieval": {"layer_types": ["retrieval_attention"] * 2, "position_type": "rope", "num_key_value_heads": 2}
+        | {"retrieval_block_size": 4, "retrieved_blocks": 3},
     },
     "reformer": {
         "local": {"layer_types": ["local_attention"] * 2, "position_type": "sinusoidal", "local_attn_chunk_length": 5},
@@ -297,9 +300,10 @@ def held_choices():
     """Each router chooses the experts, each hash the buckets, and each head the clusters, that it chose first for as
     many tokens: a choice that a rounding error turns says nothing of precision."""
     held, choices = {}, ((TopKRouter, "choose"), (LSHAttention, "choose"), (Centroids, "nearest"))
+    choices += ((RetrievalAttention, "choose"),)
 
     def first(choose):
-        return lambda self, scores: held.setdefault((self, scores.shape[:-1]), choose(self, scores))
+        return lambda self, scores, *of: held.setdefault((self, scores.shape[:-1]), choose(self, scores, *of))
 
     with contextlib.ExitStack() as stack:
         for kind, name in choices:
