@@ -5,10 +5,14 @@ import inspect
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from slow_hat import gru, linear, pooling, slow_hat
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
-from hf_arch import find
+from hf_arch import find, lora_config
+from hf_arch.bench.costs import Span, cost
 from promises import EXACT, VARIANTS, Case, some_tokens
 
 ROW = find("hat")
@@ -201,6 +205,41 @@ def test_han_is_its_paper():
     document = pooling(weights, layers[3], gru(weights, layers[2], sentences))
     expected = linear(weights, "score", document)
     assert_close(model(tokens, segment_starts=marks).logits[0], expected, **EXACT)
+
+
+@pytest.mark.parametrize("shape", ["top_down", "han"])
+def test_adapters_reach_layers_of_every_kind(shape, tmp_path):
+    model, tokens = build("ForMaskedLM", **SHAPES[shape]), some_tokens()
+    torch.manual_seed(1)
+    model = get_peft_model(model, lora_config(model, r=2)).double()
+    adapters = {name: x for name, x in model.named_parameters() if "lora_" in name}
+    with torch.no_grad():
+        for adapter in adapters.values():
+            adapter.normal_(std=0.3)
+    found = model(input_ids=tokens, labels=tokens)
+    found.loss.backward()
+    assert all(adapter.grad.any() for adapter in adapters.values())
+    reached = {name.split(".lora_")[0] for name in adapters}
+    inside = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    assert reached == set(inside)
+    for layer in model.base_model.model.model.layers:  # all that projects, but the weights of a recurrence's state
+        found_in = [name for name, module in layer.named_modules() if isinstance(module, BaseTunerLayer)]
+        plain = [x for x in layer.modules() if isinstance(x, torch.nn.Linear)]
+        assert len(found_in) * 3 == len(plain)  # the base, and its two factors
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build("ForMaskedLM", **SHAPES[shape]), tmp_path).double()
+    assert_close(again(input_ids=tokens).logits, found.logits, **EXACT)
+    assert_close(again.merge_and_unload()(tokens).logits, found.logits, **EXACT)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", SHAPES)
+def test_its_cost_is_what_is_computed(shape):
+    model = build(**SHAPES[shape]).float()
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        model(some_tokens(1, 80))
+    assert counter.get_total_flops() == pytest.approx(cost(model, Span(80)).operations, rel=0.03)
 
 
 def test_other_forms_of_han():
