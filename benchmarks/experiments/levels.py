@@ -88,8 +88,8 @@ def section(found: dict | None) -> str:
     second, last, whole = (1000 * turns[name] for name in (*map(str, TURNS), "whole"))
     dialogue = (
         f"A dialogue of turns of {TURN} tokens, by two levels, three layers inside turns and one across: turn "
-        f"{TURNS[0]} takes {second:.1f} ms, turn {TURNS[1]} takes {last:.1f} ms ({last / second:.2f} times), to read all "
-        f"{TURNS[1]} anew {whole:.0f} ms."
+        f"{TURNS[0]} takes {second:.1f} ms, turn {TURNS[1]} takes {last:.1f} ms ({last / second:.2f} times), to read "
+        f"all {TURNS[1]} anew {whole:.0f} ms."
     )
     made = (
         f"Width {SHAPE['hidden_size']}, {SHAPE['num_attention_heads']} heads, random weights, one thread, processor "
