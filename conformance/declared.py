@@ -22,6 +22,7 @@ NOT_KEPT: dict[tuple[str, str], str] = {
     (row, "test_output_router_logits_from_config"): "No feed-forward is sparse: there are no routers to ask"
     for row in DENSE
 } | {
+    ("hat", "test_output_router_logits_from_config"): "No feed-forward is sparse: there are no routers to ask",
     ("hat", "test_num_layers_is_small"): "Three layers: inside segments, across, and inside again, to see all",
     ("retnet", "test_model_rope_scaling_from_config*"): "RetNet scales no rotations: its config refuses to",
     ("routing_transformer", "test_model_rope_scaling_from_config*"): "Scales no rotations: its config refuses to",

@@ -9,7 +9,7 @@ from transformers.processing_utils import ProcessorMixin
 @dataclass
 class SentenceMaskCollator:
     """Hides tokens and whole segments, for heads `ForPreTraining`: what BERT does (arXiv:1810.04805, section 3.1), and
-    SMITH with blocks of sentences (Yang et al., 2020, arXiv:2004.12297, section 3.4).
+    SMITH with blocks of sentences (Yang et al., 2020, arXiv:2004.12297).
 
     Items are what the processor says of a text. `sentence_probability` of the segments are hidden, one at least of each
     text that has two: the mask takes the place of all their tokens but the leader, and `hidden_segments` is 1 at that.

@@ -249,6 +249,8 @@ def test_other_forms_of_han():
     attends = make(reads="level", hidden_size=24)
     assert attends.layer_types == ["level_0", "pool_0", "level_1", "pool_1"]
     assert attends.feed_forward_types == ["dense", "none"] * 2 and attends.residual_type == "post_norm"
+    model = ROW.load("Model")(make(reads="level", hidden_size=24, vocab_size=96, intermediate_size=8)).eval()
+    assert_close(model(some_tokens()).pooler_output, model(some_tokens())[0][:, 0])
 
 
 def test_a_shallow_model_has_a_layer_at_each_level():

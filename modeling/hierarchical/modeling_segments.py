@@ -104,7 +104,7 @@ class SegmentPreTrainingOutput(ModelOutput):
 
 class SegmentPreTraining(MaskedLM):
     """A head that names hidden tokens, and foretells hidden segments: SMITH's masked sentence blocks (Yang et al.,
-    2020, arXiv:2004.12297, section 3.4) in segments whose tokens are hidden as in HIBERT (Zhang et al., 2019,
+    2020, arXiv:2004.12297) in segments whose tokens are hidden as in HIBERT (Zhang et al., 2019,
     arXiv:1905.06566).
 
     What a hidden segment's leader has learned of it from the others, times a matrix, should be more like what the model

@@ -3,6 +3,9 @@
     r_t = sigmoid(x^r_t + U_r h_{t-1} + b_r)      z_t = sigmoid(x^z_t + U_z h_{t-1} + b_z)
     n_t = tanh(x^n_t + r_t * (U_n h_{t-1} + b_n))      h_t = (1 - z_t) * n_t + z_t * h_{t-1}
 
+These are torch's. HAN (Yang et al., 2016, aclanthology N16-1174, equations 1 to 4) has z and 1 - z in each other's
+places, which is another sign of what makes z, and b_n outside the product with r, as the bias of x^n is here.
+
 Each step asks for the one before: it is for texts that are short and many, such as sentences.
 """
 
@@ -23,8 +26,8 @@ def recurrent_gru(gates: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor)
     with without_autocast(gates):
         for step in gates.to(wide).unbind(2):
             asked = torch.baddbmm(bias, state, weight)
-            reset, update = (step[..., : 2 * dim] + asked[..., : 2 * dim]).sigmoid().chunk(2, dim=-1)
-            new = torch.addcmul(step[..., 2 * dim :], reset, asked[..., 2 * dim :]).tanh()
+            reset, update = (step[..., : 2 * dim] + asked[..., : 2 * dim]).sigmoid_().chunk(2, dim=-1)
+            new = torch.addcmul(step[..., 2 * dim :], reset, asked[..., 2 * dim :]).tanh_()
             state = torch.lerp(new, state, update)
             answers.append(state)
         return torch.stack(answers, dim=2).to(gates.dtype)

@@ -30,7 +30,7 @@ class ArchHatConfig(ArchConfig):
         `"pool_1"`: the leader takes up its segment, a mean of the members weighted by attention (HAN). It is also a
         member of segments of level 2, and speaks for this one from here on. Not needed in HAT, whose leaders attend;
         `"down_1"`, not for level 0: from the top down, each token below attends to the members of its segment
-        (Pang et al., 2022, arXiv:2203.07586, section 2.2). Without such layers what a level has understood reaches
+        (Pang et al., 2022, arXiv:2203.07586). Without such layers what a level has understood reaches
         other tokens only through the leader of their segment, a level at a time.
     shared_levels (`bool`, defaults to `False`):
         Whether the first layers of all levels are one set of parameters, the second ones another, and so on: layers
