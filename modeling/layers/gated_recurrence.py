@@ -24,13 +24,15 @@ class BidirectionalGRU(Mixer):
         init.zeros_(self.state_bias)
 
     def forward(self, hidden_states, documents=None, **kwargs):
-        gates = torch.stack(self.in_proj(hidden_states).chunk(2, dim=-1))
+        left, right = self.in_proj(hidden_states).chunk(2, dim=-1)
         turned = None if documents is None else reversal(documents)
-        gates = torch.stack((gates[0], backwards(gates[1], turned)))
+        gates = torch.stack((left, backwards(right, turned)))
         left, right = recurrent_gru(gates, self.state_weight, self.state_bias[:, None])
         return torch.cat((left, backwards(right, turned)), dim=-1)
 
 
 def backwards(x: torch.Tensor, turned: torch.Tensor | None) -> torch.Tensor:
     """Texts [texts, length, ...] in the order `turned`; None where all are as long as their rows."""
-    return x.flip(1) if turned is None else x.take_along_dim(turned[..., None], dim=1)
+    if turned is None:
+        return x.flip(1)
+    return x.flatten(0, 1).index_select(0, turned.flatten()).view_as(x)

@@ -34,9 +34,11 @@ def recurrent_gru(gates: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor)
 
 
 def reversal(real: torch.Tensor) -> torch.Tensor:
-    """[texts, length] the place that each place takes when left-aligned texts are read backwards; padding stays.
+    """[texts, length] for each place, counted over all texts, the one whose token it takes when left-aligned texts are
+    read backwards; padding stays. Done twice it changes nothing.
 
     `real` [texts, length] says which places are of the text.
     """
     place = torch.arange(real.shape[1], device=real.device)
-    return torch.where(real, real.sum(dim=1, keepdim=True) - 1 - place, place)
+    turned = torch.where(real, real.sum(dim=1, keepdim=True) - 1 - place, place)
+    return turned + torch.arange(len(real), device=real.device)[:, None] * real.shape[1]
