@@ -13,6 +13,7 @@ from hf_arch.lora import lora_config, register_targets
 from hf_arch.parallel_windows import parallel_windows
 from hf_arch.registration import register
 from hf_arch.states import fork, load_state, save_state
+from hf_arch.upcycle import upcycle
 
 register()
 register_targets()
@@ -30,6 +31,7 @@ LATER = {  # transformers' Trainer and collators, and matplotlib, take seconds t
     "Segments": "streams",
     "SentenceMaskCollator": "segment_collators",
     "StatefulTrainer": "streams",
+    "describe": "description",
     "WholeWordMaskCollator": "collators",
     "routing_statistics": "routing",
 }
@@ -56,6 +58,7 @@ __all__ = [
     "WholeWordMaskCollator",
     "contrastive_loss",
     "convert",
+    "describe",
     "distill",
     "embed",
     "export",
@@ -70,5 +73,6 @@ __all__ = [
     "register_attention",
     "routing_statistics",
     "save_state",
+    "upcycle",
     "window_cache",
 ]

@@ -9,6 +9,9 @@ FULL_ATTENTION = {
     "bounded step": "And so does a step.",
     "linear cost": "Full attention compares all pairs of tokens.",
 }
+ENCODER_ALONE = {
+    head: {"is_encoder_decoder": False} for head in ENCODER_DECODER if head not in ("Model", "ForConditionalGeneration")
+}
 
 ARCHITECTURES = (
     Architecture(
@@ -30,11 +33,7 @@ ARCHITECTURES = (
         paper="arXiv:1910.10683",
         heads=ENCODER_DECODER,
         tiny={"attention_scaling": 1.0},
-        head_fields={
-            head: {"is_encoder_decoder": False}
-            for head in ENCODER_DECODER
-            if head not in ("Model", "ForConditionalGeneration")
-        },
+        head_fields=ENCODER_ALONE,
         exceptions=FULL_ATTENTION,
     ),
     Architecture(
@@ -241,6 +240,59 @@ ARCHITECTURES = (
         title="Mixtral",
         paper="arXiv:2401.04088",
         tiny={"num_key_value_heads": 2, "num_local_experts": 4},
+        exceptions=FULL_ATTENTION,
+    ),
+    Architecture(
+        "mixture_of_depths",
+        "ArchMixtureOfDepths",
+        family="moe",
+        title="Mixture-of-Depths",
+        paper="arXiv:2404.02258",
+        lora_targets=(
+            *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+            *("in_proj", "out_proj"),
+        ),
+        tiny={"num_key_value_heads": 2, "capacity": 0.5, "predictor_size": 20},
+        exceptions=FULL_ATTENTION,
+    ),
+    Architecture(
+        "switch",
+        "ArchSwitch",
+        family="moe",
+        title="Switch Transformer",
+        paper="arXiv:2101.03961",
+        heads=(*ENCODER_DECODER, "ForCausalLM"),
+        tiny={"num_local_experts": 4, "router_jitter_noise": 0.0, "attention_scaling": 1.0},
+        head_fields=ENCODER_ALONE | {"ForCausalLM": {"is_encoder_decoder": False, "is_decoder": True}},
+        exceptions=FULL_ATTENTION,
+    ),
+    Architecture(
+        "deepseek",
+        "ArchDeepSeek",
+        family="moe",
+        title="DeepSeek (V2, V3)",
+        paper="arXiv:2412.19437",
+        lora_targets=(
+            *("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj", "kv_b_proj", "o_proj"),
+            *("gate_proj", "up_proj", "down_proj"),
+        ),
+        tiny={"kv_lora_rank": 12, "q_lora_rank": 20, "v_head_dim": 6}
+        | {"num_local_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 2},
+        exceptions=FULL_ATTENTION,
+    ),
+    Architecture(
+        "hourglass",
+        "ArchHourglass",
+        family="hierarchical",
+        title="Hourglass",
+        paper="arXiv:2110.13711",
+        heads=(*DECODER, "ForMaskedLM"),
+        lora_targets=(
+            *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+            *("shorten_proj", "expand_proj"),
+        ),
+        tiny={"num_hidden_layers": 3, "num_key_value_heads": 2},
+        head_fields={"ForMaskedLM": {"direction": "bidirectional"}},
         exceptions=FULL_ATTENTION,
     ),
     Architecture(

@@ -16,8 +16,10 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from hf_arch import ARCHITECTURES, Architecture
 from hf_arch.modeling.layers.centroids import Centroids
+from hf_arch.modeling.layers.early_exit import EarlyExitView
 from hf_arch.modeling.layers.retrieval_attention import RetrievalAttention
-from hf_arch.modeling.layers.routers import TopKRouter
+from hf_arch.modeling.layers.routed_view import RoutedView
+from hf_arch.modeling.layers.routers import ExpertChoiceRouter, HierarchicalRouter, TopKRouter
 from hf_arch.modeling.long_context.reformer.modeling_reformer import LSHAttention
 
 VARIANTS = {
@@ -42,7 +44,9 @@ VARIANTS = {
         "relu": {"kernel_type": "relu", "position_type": "learned", "num_key_value_heads": None}
         | {"norm_type": "layer_norm", "attention_bias": True},
     },
-    "retnet": {"sparse": {"feed_forward_types": ["sparse"] * 2, "num_local_experts": 4, "num_experts_per_tok": 1}},
+    "retnet": {
+        "hierarchical": {"feed_forward_types": ["hierarchical"] * 2, "num_local_experts": 4, "num_expert_groups": 2}
+    },
     "hybrid": {
         "jamba": {"layer_types": ["ssd", "full_attention"], "feed_forward_types": ["gated", "sparse"]}
         | {"position_type": "none", "num_local_experts": 4, "mixer_options": {"ssd": {"state_size": 8}}},
@@ -112,7 +116,30 @@ VARIANTS = {
     "bigbird": {
         "no_global_block": {"block_size": 16, "num_window_blocks": 1, "num_random_blocks": 3, "num_global_blocks": 0},
     },
+    "deepseek": {
+        "v2": {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 16.0}
+        | {"q_lora_rank": None, "norm_topk_prob": False, "v_head_dim": 20, "kv_lora_rank": 5}
+        | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "mscale_all_dim": 0.7}},
+        "further": {"num_nextn_predict_layers": 2, "n_shared_experts": 0, "attention_bias": True},
+    },
     "mixtral": {"sliding": {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9}},
+    "mixture_of_depths": {
+        "everywhere": {"layer_types": ["routed_attention"] * 2, "num_key_value_heads": None}
+        | {"feed_forward_types": ["gated", "sparse"], "num_local_experts": 4},
+        "early_exit": {
+            "layer_types": ["early_exit_attention"] * 3,
+            "num_hidden_layers": 3,
+            "early_exit_threshold": 0.5,
+        },
+    },
+    "hourglass": {
+        "nested": {"shorten_factors": [2, 3], "num_hidden_layers": 5, "resampling_type": "average"}
+        | {"layer_types": ["causal_window_attention", *["ragged_attention"] * 3, "causal_window_attention"]}
+        | {"sliding_window": 9, "position_type": "learned", "attention_bias": True},
+        "plain": {"shorten_factors": [4], "layer_levels": [1, 1, 0], "attention_resampling": False}
+        | {"feed_forward_types": ["gated", "sparse", "dense"], "num_local_experts": 4, "norm_type": "rms_norm"}
+        | {"mlp_bias": False},
+    },
     "hat": {
         "one_level": {"segment_lengths": [], "layer_types": ["level_0"] * 3},
         "three_levels": {"segment_lengths": [5, 4], "num_hidden_layers": 5}
@@ -140,10 +167,12 @@ LAST_WINDOW = (
     r"model\.layers\.1\.mixer\.[qkv]_proj\..*"  # the token that speaks for the text is global, and sees past it
 )
 COMPRESSION = r"(model\.)?layers\.\d\.mixer\.compression\..*"  # it learns by a loss of its own, beside that of tokens
+PREDICTOR = r"(model\.)?layers\.\d\.view\.predictor\..*"  # and so does it
 WITHOUT_TOKENS = ("Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 IDLE = {
     "longformer": dict.fromkeys(("ForSequenceClassification", "ForMultipleChoice"), LAST_WINDOW),
     "compressive_transformer": dict.fromkeys(WITHOUT_TOKENS, COMPRESSION),
+    "mixture_of_depths": {"Model": PREDICTOR},
 }
 
 WINDOWS = {"padding does not enter the state": "transformers' cache of a window counts columns, padding included."}
@@ -280,6 +309,7 @@ ALSO_ENCODERS = {
     "longformer": ("wide", "layers", "questions"),
     "reformer": ("lsh",),
     "bigbird": ("no_global_block",),
+    "hourglass": ("plain",),
 }  # of the choices of decoders
 ENCODERS += [
     Case(case.row, case.head, f"bidirectional_{name}", VARIANTS[case.row.name][name])
@@ -293,14 +323,20 @@ ENCODERS += [
     for case in ENCODERS
     if case.row.name == "bigbird" and not case.variant
 ]  # which a decoder cannot be
+ENCODERS += [
+    Case(ENCODERS[0].row, "ForMaskedLM", kind, {"feed_forward_types": ["gated", kind], "num_local_experts": 4})
+    for kind in ("expert_choice", "soft")
+]
 
 
 @contextlib.contextmanager
 def held_choices():
     """Each router chooses the experts, each hash the buckets, and each head the clusters, that it chose first for as
     many tokens: a choice that a rounding error turns says nothing of precision."""
-    held, choices = {}, ((TopKRouter, "choose"), (LSHAttention, "choose"), (Centroids, "nearest"))
-    choices += ((RetrievalAttention, "choose"),)
+    held = {}
+    kinds = TopKRouter, HierarchicalRouter, ExpertChoiceRouter, LSHAttention, RetrievalAttention
+    choices = *((kind, "choose") for kind in kinds), (Centroids, "nearest")
+    choices += ((RoutedView, "decide"), (EarlyExitView, "decide"))
 
     def first(choose):
         return lambda self, scores, *of: held.setdefault((self, scores.shape[:-1]), choose(self, scores, *of))

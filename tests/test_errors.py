@@ -50,9 +50,10 @@ def test_wrong_calls_are_refused(model_case, tokens):
 @torch.no_grad()
 def test_a_cache_of_another_model_is_refused(row_case, tokens):
     model = row_case.build()
-    deeper = row_case.build(num_hidden_layers=3, layer_types=None, feed_forward_types=None)
+    layers = row_case.config().num_hidden_layers + 1
+    deeper = row_case.build(num_hidden_layers=layers, layer_types=None, feed_forward_types=None)
     cache = deeper(tokens, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="past_key_values holds 3 layers.*is of another model"):
+    with pytest.raises(ValueError, match=f"past_key_values holds {layers} layers.*is of another model"):
         model(tokens, past_key_values=cache)
     for other in ROWS:
         held = [cache_layers(kind) for config in (other.config(), model.config) for kind in config.layer_types[:1]]

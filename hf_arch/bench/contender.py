@@ -11,7 +11,7 @@ from hf_arch.bench.floors import on_paper
 from hf_arch.bench.peers import DECODE, FORWARD, Peer
 from hf_arch.bench.process import Worker, WorkerFailed, Workers
 from hf_arch.bench.results import exponent
-from hf_arch.bench.settings import Settings
+from hf_arch.bench.settings import MEASURED_AS, Settings
 
 START_SECONDS = 900  # to import and build, on a machine that does much else
 
@@ -83,11 +83,12 @@ class Contender:
 
 def start(row: Architecture, peers: Sequence[Peer], settings: Settings, workers: Workers) -> list[Contender]:
     """The row and its peers, each being built in a process of its own. Ours comes first."""
-    model = on_paper(row, head_of(row), settings.shape)
+    fields = MEASURED_AS[row.name](settings.shape) if row.name in MEASURED_AS else {}
+    model = on_paper(row, head_of(row), settings.shape | fields)
     measures = FORWARD + DECODE if head_of(row) == "ForCausalLM" else FORWARD
     ours = Contender(row.name, measures, workers, workers.hire(python_of(None)), settings, model)
     subject = "hugging_face:OurEncoder" if head_of(row) == "EncoderModel" else "hugging_face:Ours"
-    ours.build(subject, row=row.name, head=head_of(row))
+    ours.build(subject, row=row.name, head=head_of(row), fields=fields)
     contenders = [ours]
     for peer in peers:
         worker = workers.hire(python_of(peer.environment))

@@ -156,11 +156,11 @@ class StaticRecurrentCacheLayer(RecurrentCacheLayer):
             if name not in self.states:
                 self.states[name] = self.at_fixed_address(torch.empty_like(state))
             self.states[name].copy_(state)
-        if not self.is_initialized:
+        if not self.is_initialized and self.states:
             device = next(iter(self.states.values())).device
             self.cumulative_length = self.at_fixed_address(self.cumulative_length.to(device))
+            self.is_initialized = True
         self.cumulative_length.add_(new_tokens)
-        self.is_initialized = True
 
     def follow(self, name: str, after: torch.Tensor) -> torch.Tensor:
         return torch.cat((self.states[name].to(after.dtype), after), dim=1)
@@ -238,8 +238,8 @@ STATIC_LAYER_TYPE_MAPPING["causal_block_sparse_attention"] = StaticLayer
 DYNAMIC_LAYER_TYPE_MAPPING |= dict.fromkeys(("hyena", "retrieval_attention"), HistoryCacheLayer)
 STATIC_LAYER_TYPE_MAPPING |= dict.fromkeys(("hyena", "retrieval_attention"), StaticHistoryCacheLayer)
 
-# Attention by patterns that reach back without end keeps all keys and values
-PATTERNS = ("dilated_attention", "fixed_attention", "strided_attention")
+# Attention by patterns that reach back without end, or of layers that tokens leave, keeps all keys and values
+PATTERNS = ("dilated_attention", "early_exit_attention", "fixed_attention", "strided_attention")
 DYNAMIC_LAYER_TYPE_MAPPING |= dict.fromkeys(PATTERNS, DynamicLayer)
 STATIC_LAYER_TYPE_MAPPING |= dict.fromkeys(PATTERNS, StaticLayer)
 
@@ -248,8 +248,8 @@ class GrowingCacheLayer(DynamicLayer):
     """Keys and values, [batch, heads, length, dim], at the front of a store with room for more: a step writes its own
     token and copies the others only when the room is used up."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
         self.stores: tuple[torch.Tensor, torch.Tensor] | None = None
         self.front: torch.Tensor | None = None  # the keys as this class left them; others may have replaced them since
 

@@ -92,6 +92,7 @@ class Backbone(ArchPreTrainedModel):
         self.layers = nn.ModuleList(self.make_layer(layer_idx) for layer_idx in firsts)
         final = self.norm_class(config.output_size, config.norm_eps)
         self.norm = final if self.residual.final_norm else nn.Identity()
+        self.add_parts(config)
         self.reads_documents = any(getattr(module, "reads_documents", False) for module in self.modules())
         self.gradient_checkpointing = False
         self.post_init()
@@ -108,10 +109,19 @@ class Backbone(ArchPreTrainedModel):
     def make_norm(self) -> nn.Module:
         return self.norm_class(self.config.hidden_size, self.config.norm_eps)
 
+    def add_parts(self, config: ArchConfig) -> None:
+        """Modules beside those of every stack."""
+
+    def config_of(self, layer_idx: int) -> ArchConfig:
+        """What a layer is built from."""
+        return self.config
+
     def make_layer(self, layer_idx: int) -> Layer:
-        sublayers = {name: kind(self.config, layer_idx) for name, kind in self.sublayers(layer_idx).items() if kind}
-        view = self.views.get(self.config.layer_types[layer_idx], View)(self.config, layer_idx)
-        return Layer(view, self.residual(self.config, tuple(sublayers), self.make_norm), sublayers)
+        config = self.config_of(layer_idx)
+        sublayers = {name: kind(config, layer_idx) for name, kind in self.sublayers(layer_idx).items() if kind}
+        view = self.views.get(config.layer_types[layer_idx], View)(config, layer_idx)
+        norm = functools.partial(self.norm_class, config.hidden_size, config.norm_eps)
+        return Layer(view, self.residual(config, tuple(sublayers), norm), sublayers)
 
     def sublayers(self, layer_idx: int) -> dict[str, type[nn.Module] | None]:
         """The classes of a layer's parts, in order."""
@@ -156,12 +166,19 @@ class Backbone(ArchPreTrainedModel):
         if self.config.type_vocab_size:  # as in BERT, all are of kind 0 where nothing is said
             segments = torch.zeros_like(position_ids) if token_type_ids is None else token_type_ids
             hidden_states = hidden_states + self.embed_segments(segments)
-        hidden_states, position_embeddings = self.embed_positions(hidden_states, position_ids)
+        hidden_states = self.run(hidden_states, position_ids, masks, past_key_values, encoder_hidden_states, **kwargs)
+        return MoeModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
-        context = kwargs | {"documents": masks.get("documents")}
+    def run(
+        self, hidden_states, position_ids, masks: dict, past_key_values, encoder_hidden_states=None, **context
+    ) -> torch.Tensor:
+        """Embeddings [batch, length, size] -> the answer of the stack."""
+        hidden_states, position_embeddings = self.embed_positions(hidden_states, position_ids)
+        context["documents"] = masks.get("documents")
         stream = self.begin(self.dropout(self.embed_norm(hidden_states)), masks)
         for layer_idx, (group, kind) in enumerate(self.calls):
-            stream = self.layers[group](
+            stream = self.call_layer(
+                self.layers[group],
                 stream,
                 encoder_hidden_states,
                 attention_mask=masks[kind],
@@ -171,8 +188,12 @@ class Backbone(ArchPreTrainedModel):
                 past_key_values=past_key_values,
                 **context,
             )
-        hidden_states = self.norm(self.residual.leave(stream).to(hidden_states.dtype))
-        return MoeModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        return self.norm(self.residual.leave(stream).to(hidden_states.dtype))
+
+    @staticmethod
+    def call_layer(layer: Layer, stream: torch.Tensor, *args, **context) -> torch.Tensor:
+        """Here checkpointing has let go of the stream: for what is made of it between layers."""
+        return layer(stream, *args, **context)
 
     def begin(self, hidden_states: torch.Tensor, masks: dict) -> torch.Tensor:
         """The stream that the first layer reads."""
@@ -206,12 +227,21 @@ class Backbone(ArchPreTrainedModel):
 
     def routing_losses(self, router_logits, router_choices) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss that keeps experts equally busy, of what this stack's routers recorded for real tokens, and what is
-        added to the whole loss: it and the z-loss, times their weights in the config."""
+        added to the whole loss: it and the z-loss, times their weights in the config. Where experts choose, they are
+        equally busy without it."""
         if torch.is_grad_enabled():
             check_checkpointing(self.layers)
         config, real = self.config, [choices[:, 0] >= 0 for choices in router_choices]
-        balance = load_balancing(router_logits, config.num_experts_per_tok, real)
+        types = zip(self.calls, config.feed_forward_types, strict=True)
+        parts = [self.layers[group].feed_forward for (group, _), kind in types if self.records_routes(kind)]
+        told = zip(parts, router_logits, real, strict=True)
+        told = [(logits, part.router.taken, there) for part, logits, there in told if part.tokens_choose]
+        balance = load_balancing(*zip(*told, strict=True)) if told else router_logits[0].new_zeros(())
         added = config.router_aux_loss_coef * balance
         if config.router_z_loss_coef:
             added = added + config.router_z_loss_coef * router_z(router_logits, real)
         return balance, added
+
+    def records_routes(self, kind: str) -> bool:
+        """Whether feed-forwards of a type choose, and record it."""
+        return getattr(self.feed_forwards[kind], "routes", False)

@@ -23,7 +23,7 @@ from ...ops.reconstruction import last_segments, reconstruction_error, usage_of_
 from ...ops.segment_rows import Projected, SegmentRows, SegmentState, find_rows, follow, remember
 from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
 from ...skeleton.heads import CausalLMOutput
-from ...skeleton.loss import share_of_batch, targets_of
+from ...skeleton.loss import per_label
 from ..modeling_segment_recurrence import Reading, SegmentBackbone, SegmentCausalLM, SegmentRecurrence
 from .configuration_compressive_transformer import ArchCompressiveTransformerConfig
 
@@ -196,9 +196,8 @@ class ArchCompressiveTransformerForCausalLM(SegmentCausalLM):
         if side_loss is not None:
             outputs.compression_loss = side_loss.mean()
             if outputs.loss is not None:
-                named = (targets_of(labels, kwargs.get("shift_labels"), -100) != -100).sum().clamp(min=1)
-                share = share_of_batch(labels, **kwargs) / named  # by tokens, as the other loss: pieces add up
-                outputs.loss = side_loss.join(outputs.loss, self.config.compression_loss_coef * share)
+                weight = self.config.compression_loss_coef * per_label(labels, **kwargs)
+                outputs.loss = side_loss.join(outputs.loss, weight)
         return outputs
 
 
