@@ -22,6 +22,7 @@ NOT_KEPT: dict[tuple[str, str], str] = {
     (row, "test_output_router_logits_from_config"): "No feed-forward is sparse: there are no routers to ask"
     for row in DENSE
 } | {
+    ("hat", "test_output_router_logits_from_config"): "No feed-forward is sparse: there are no routers to ask",
     ("hat", "test_num_layers_is_small"): "Three layers: inside segments, across, and inside again, to see all",
     ("hourglass", "test_num_layers_is_small"): "Three layers: before the shortening, on groups, and after",
     ("hourglass", "test_greedy_generate_dict_outputs"): "Hidden states of layers on groups are as many as groups",

@@ -311,8 +311,11 @@ ARCHITECTURES = (
         family="hierarchical",
         title="HAT",
         paper="arXiv:2210.05529",
-        heads=("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice"),
-        lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"),
+        heads=(
+            *("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice"),
+            *("ForSegmentClassification", "ForPreTraining"),
+        ),
+        lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "up_proj", "down_proj"),
         tiny={"num_hidden_layers": 3, "layer_types": ["level_0", "level_1", "level_0"], "segment_lengths": [16]},
         processor=True,
     ),

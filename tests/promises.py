@@ -150,6 +150,11 @@ VARIANTS = {
         "one_level": {"segment_lengths": [], "layer_types": ["level_0"] * 3},
         "three_levels": {"segment_lengths": [5, 4], "num_hidden_layers": 5}
         | {"layer_types": ["level_0", "level_1", "level_2", "level_1", "level_0"]},
+        "top_down": {"segment_lengths": [5, 4], "num_hidden_layers": 7, "shared_levels": True}
+        | {"layer_types": ["level_0", "level_1", "level_0", "level_2", "down_1", "down_2", "pool_1"]},
+        "han": {"layer_types": ["gru_0", "pool_0", "gru_1", "pool_1", "gru_0"], "num_hidden_layers": 5}
+        | {"feed_forward_types": ["none"] * 5, "position_type": "none", "residual_type": "replaced"}
+        | {"embedding_norm": False, "document_pooling": "leader"},
     },
     "encoder_decoder": {
         "vaswani": {"position_type": "sinusoidal", "residual_type": "post_norm", "norm_type": "layer_norm"}
@@ -378,6 +383,12 @@ def inputs_and_labels(case: Case, model: nn.Module) -> dict[str, torch.Tensor]:
         return {"input_ids": some_tokens(4).view(2, 2, -1), "labels": torch.tensor([0, 1])}
     if case.head == "ForTokenClassification":
         return {"input_ids": tokens, "labels": tokens % 2}
+    if case.head == "ForSegmentClassification":
+        return {"input_ids": tokens, "labels": torch.tensor([[0, 1, 1, 0, 1], [1, 0, -100, 1, 0]])}
+    if case.head == "ForPreTraining":
+        hidden = torch.zeros_like(tokens)
+        hidden[0, 16] = hidden[:, 48] = 1
+        return {"input_ids": tokens, "labels": tokens, "original_ids": tokens.flip(0), "hidden_segments": hidden}
     if case.head == "Model" and model.config.is_encoder_decoder:
         return {"input_ids": tokens, "decoder_input_ids": tokens[:, :30]}
     return {"input_ids": tokens} | ({} if case.head in ("Model", "EncoderModel") else {"labels": tokens})

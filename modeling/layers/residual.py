@@ -61,6 +61,20 @@ class PostNorm(Residual):
         return stream
 
 
+class Replaced(Residual):
+    """f(x) takes the place of x: encoders on top of one another."""
+
+    final_norm = False
+
+    def __init__(self, config, names, norm):
+        super().__init__(config, (), norm)
+
+    def forward(self, stream, sublayers, **context):
+        for sublayer in sublayers.values():
+            stream = self.dropout(sublayer(stream, **context))
+        return stream
+
+
 class DeepNorm(Residual):
     """norm(alpha x + f(x)), alpha = (2 layers)^(1/4), with initial weights of f scaled by beta = (8 layers)^(-1/4)
     except those of queries and keys (Wang et al., 2022, arXiv:2203.00555, figure 2). These are of one stack; a config
