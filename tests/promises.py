@@ -15,6 +15,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from hf_arch import ARCHITECTURES, Architecture
+from hf_arch.modeling.hierarchical.hnet.modeling_hnet import DynamicChunking
 from hf_arch.modeling.layers.centroids import Centroids
 from hf_arch.modeling.layers.routed_view import RoutedView
 from hf_arch.modeling.layers.routers import TopKRouter
@@ -127,6 +128,16 @@ VARIANTS = {
         "plain": {"shorten_factors": [4], "layer_levels": [1, 1, 0], "attention_resampling": False}
         | {"feed_forward_types": ["gated", "sparse", "dense"], "num_local_experts": 4, "norm_type": "rms_norm"}
         | {"mlp_bias": False},
+    },
+    "hnet": {
+        "two_stages": {"inner_hidden_sizes": [32, 48], "num_hidden_layers": 7, "layer_levels": [0, 1, 1, 2, 1, 1, 0]}
+        | {
+            "layer_types": ["ssd", "ragged_sliding_attention", "ssd", "ragged_attention"]
+            + ["ssd", "ragged_sliding_attention", "ssd"],
+            "sliding_window": 9,
+            "num_key_value_heads": 2,
+        }
+        | {"feed_forward_types": ["none", "gated", "none", "gated", "none", "sparse", "none"], "num_local_experts": 4},
     },
     "hat": {
         "one_level": {"segment_lengths": [], "layer_types": ["level_0"] * 3},
@@ -313,7 +324,7 @@ def held_choices():
     """Each router chooses the experts, each hash the buckets, and each head the clusters, that it chose first for as
     many tokens: a choice that a rounding error turns says nothing of precision."""
     held, choices = {}, ((TopKRouter, "choose"), (LSHAttention, "choose"), (Centroids, "nearest"))
-    choices += ((RoutedView, "decide"),)
+    choices += ((RoutedView, "decide"), (DynamicChunking, "decide"))
 
     def first(choose):
         return lambda self, scores: held.setdefault((self, scores.shape[:-1]), choose(self, scores))

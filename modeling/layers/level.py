@@ -133,3 +133,11 @@ class LevelCache:
         key = torch.arange(keys, device=place.device)
         seen = key <= place[..., None]
         return (seen if window is None else seen & (key > place[..., None] - window))[:, None]
+
+
+def last_of(items: torch.Tensor, count: int, real: torch.Tensor | None) -> torch.Tensor:
+    """The last `count` of items [rows, count + longest, size], where rows go on to where `real` says."""
+    if real is None:
+        return items[:, -count:]
+    index = real.sum(1, keepdim=True) + torch.arange(count, device=items.device)
+    return items.gather(1, index[..., None].expand(-1, -1, items.shape[-1]))

@@ -10,7 +10,7 @@ from torch import nn
 
 from ...layers.attention import Attention, BidirectionalAttention, SlidingAttention
 from ...layers.feed_forward import MLP
-from ...layers.level import Level, RowStates
+from ...layers.level import Level, RowStates, last_of
 from ...layers.positions import LearnedPositions, NoPositions, RotaryEmbedding
 from ...layers.residual import PreNorm
 from ...ops.firing import Fired
@@ -148,14 +148,6 @@ class HourglassResampling(Resampling):
         if kept is not None:
             kept.write(0, answer=fired.last(made, held))
         return self.up(stream, {"feed_forward": self.up_feed_forward}) if self.attends else stream
-
-
-def last_of(items: torch.Tensor, count: int, real: torch.Tensor | None) -> torch.Tensor:
-    """The last `count` of items [rows, count + longest, size], where rows go on to where `real` says."""
-    if real is None:
-        return items[:, -count:]
-    index = real.sum(1, keepdim=True) + torch.arange(count, device=items.device)
-    return items.gather(1, index[..., None].expand(-1, -1, items.shape[-1]))
 
 
 class ArchHourglassModel(Hierarchy):
