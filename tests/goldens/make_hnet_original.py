@@ -11,7 +11,6 @@ below 2, so that a byte holds each.
 import argparse
 import importlib.util
 import sys
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -21,12 +20,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 STAGES = {
-    "arch_layout": ["m1", ["m1t1", ["T1"], "t1m1"], "m1"],
+    "arch_layout": ["m1", ["m1t1", ["T1"], "t1"], "m1"],
     "d_model": [32, 32, 64],
     "d_intermediate": [0, 0, 96],
     "vocab_size": 24,
 }
-RECURRENCE = {"d_conv": 3, "expand": 2, "d_state": 8, "chunk_size": 16}
+RECURRENCE = {"d_conv": 3, "expand": 2, "d_state": 4, "chunk_size": 16}
 ATTENTION = {"num_heads": [2, 2, 2], "rotary_emb_dim": [8, 8, 16], "window_size": [3, 3, -1]}
 TARGETS = (2.0, 3.0)
 CODED = 64
@@ -83,16 +82,6 @@ def attend(module, query, key, value, seen=0):
     return F.scaled_dot_product_attention(query, key, value, attn_mask=shown).transpose(1, 2)
 
 
-def turn(x, cos, sin, seqlen_offsets=0, interleaved=False, inplace=False, conjugate=False, **packed):
-    """flash-attn's apply_rotary, of rows that are one text; it goes into kernels that autograd knows nothing of."""
-    assert not interleaved and not conjugate and packed.get("cu_seqlens") is None
-    dim, length = cos.shape[-1], x.shape[1]
-    cos, sin = (wave[seqlen_offsets : seqlen_offsets + length, None] for wave in (cos, sin))
-    first, second = x[..., :dim], x[..., dim : 2 * dim]
-    turned = torch.cat((first * cos - second * sin, first * sin + second * cos, x[..., 2 * dim :]), dim=-1)
-    return x.copy_(turned) if inplace else turned
-
-
 def module_of(name: str, **contents) -> None:
     sys.modules[name] = module = ModuleType(name)
     vars(module).update(contents)
@@ -113,25 +102,22 @@ def import_hnet(checkout: str) -> None:
     for name in ("ops", "ops.triton", "utils"):
         module_of(f"flash_attn.{name}", __path__=[])
     module_of("flash_attn.ops.triton.layer_norm", RMSNorm=Norm)
-    module_of("flash_attn.ops.triton.rotary", apply_rotary=turn)
+    module_of("flash_attn.ops.triton.rotary", apply_rotary=None)
     module_of("flash_attn.ops.activations", swiglu=lambda gate, y: F.silu(gate) * y)
     module_of("flash_attn.utils.generation", GenerationMixin=object)
-    from hnet.modules import mha, rotary
+    from hnet.modules.mha import CausalMHA
 
-    mha.FlashCausalSelfAttention.forward = lambda self, qkv, **packed: attend(self, *qkv.unbind(2))
-    mha.CausalMHA.forward = attention
-    mha.apply_rotary_emb_torch = rotary.apply_rotary_emb_torch
+    CausalMHA.forward = attention
 
 
 def attention(self, x, inference_params=None, **packed):
-    """CausalMHA with a cache, without flash-attn's kernels: the rotation of its own torch reference."""
+    """CausalMHA with a cache, without flash-attn's kernels: its own torch reference of a rotation."""
     from hnet.modules.rotary import apply_rotary_emb_torch
 
     query, key, value = self.Wqkv(x).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
     seen = 0 if inference_params is None else inference_params.seqlen_offset
-    self.rotary_emb._update_cos_sin_cache(seen + x.shape[1], device=x.device, dtype=x.dtype)
-    waves = [wave[seen : seen + x.shape[1]] for wave in (self.rotary_emb._cos_cached, self.rotary_emb._sin_cached)]
-    query, key = (apply_rotary_emb_torch(each, *waves) for each in (query, key))
+    angles = torch.arange(seen, seen + x.shape[1])[:, None] * self.rotary_emb.inv_freq.to(x.dtype)
+    query, key = (apply_rotary_emb_torch(each, angles.cos(), angles.sin()) for each in (query, key))
     if inference_params is not None:
         held = inference_params.key_value_memory_dict[self.layer_idx]
         held[:, seen : seen + x.shape[1]] = torch.stack((key, value), dim=2)
@@ -177,8 +163,8 @@ def answers(model: nn.Module, generator: torch.Generator) -> dict[str, torch.Ten
     mask = torch.arange(ids.shape[1]) < torch.tensor([[24], [17]])
     both = model(ids, mask=mask)
     losses = [load_balancing_loss(told, ratio) for told, ratio in zip(whole.bpred_output, TARGETS, strict=True)]
-    names = "backbone.routing_module.q_proj_layer.weight", "backbone.main_network.routing_module.k_proj_layer.weight"
-    names += ("backbone.residual_proj.bias", "backbone.main_network.main_network.pad_dimension")
+    names = "backbone.main_network.routing_module.k_proj_layer.weight", "backbone.residual_proj.bias"
+    names += ("backbone.main_network.main_network.pad_dimension",)
     loss = whole.logits.square().mean() + sum(losses)
     wanted = [model.get_parameter(name) for name in names]
     gradients = dict(zip(names, torch.autograd.grad(loss, wanted), strict=True))
@@ -198,7 +184,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("hnet_original.safetensors"))
     options = parser.parse_args()
     import_hnet(options.peer)
-    torch.Tensor.float = lambda tensor: tensor
+    torch.Tensor.float = torch.Tensor.double
     generator = torch.Generator().manual_seed(0)
     model = build(STAGES | {"ssm_cfg": RECURRENCE, "attn_cfg": ATTENTION}, torch.float64)
     weights = {f"weights.{name}": code for name, code in coded(model, generator).items()}

@@ -52,7 +52,8 @@ def authors_config(fields: Fields) -> Fields:
     shares = [dim * heads / size for dim, size in zip(attention["rotary_emb_dim"], sizes, strict=True)]
     (share,) = one_of("rotary_emb_dim of a head", shares)
     require(attention, qkv_proj_bias=False, out_proj_bias=False, rotary_emb_base=10000.0, rotary_emb_interleaved=False)
-    inside = [-(-width // MULTIPLE) * MULTIPLE for width in fields["d_intermediate"]]
+    widths = [width or 4 * size for width, size in zip(fields["d_intermediate"], sizes, strict=True)]  # 0: not in use
+    inside = [-(-width // MULTIPLE) * MULTIPLE for width in widths]
     return (
         told_by_layout(layouts(fields["arch_layout"]), windows)
         | {
