@@ -18,6 +18,7 @@ from transformers import Trainer, default_data_collator
 from transformers.cache_utils import Cache, DynamicLayer
 
 from hf_arch.modeling.layers.cache import HistoryCacheLayer
+from hf_arch.modeling.layers.chosen_cache import ChosenCacheLayer
 from hf_arch.states import pack, read, unpack, write
 
 
@@ -158,7 +159,7 @@ def empty_memory(model: nn.Module) -> Cache:
     backbone = backbones[0]
     cache = backbone.make_cache()
     full = (isinstance(layer, DynamicLayer) and not layer.is_sliding for layer in cache.layers)
-    if any(full) or any(isinstance(layer, HistoryCacheLayer) for layer in cache.layers):
+    if any(full) or any(isinstance(layer, (HistoryCacheLayer, ChosenCacheLayer)) for layer in cache.layers):
         raise ValueError(
             f"{backbone.config.model_type} with layers of type {', '.join(dict.fromkeys(backbone.config.layer_types))} "
             "remembers everything: its memory would grow with the stream. Take layers with a bounded one, recurrent or "

@@ -9,7 +9,7 @@ All else (norms, rotations, gates, masks) is taken to be free, as in a perfectly
 import torch
 from torch import nn
 
-from hf_arch.bench import costs_of_long_context, costs_of_recurrences  # noqa: F401, they register
+from hf_arch.bench import costs_of_hierarchies, costs_of_long_context, costs_of_recurrences  # noqa: F401, they register
 from hf_arch.bench.costs import Span, cost
 
 

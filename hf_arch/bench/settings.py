@@ -35,12 +35,13 @@ ON_GPU = {
     "generate": (1024, 4096),
 }
 # Fields of a row's config, where its default is not what is to be measured: predictors that have learnt nothing choose
-# half of the tokens
+# half of the tokens; groups of which texts of these lengths hold a whole number, as the peer of Hourglass asks
 MEASURED_AS = {
     "mixture_of_depths": lambda shape: {
         "capacity": 0.5,
         "layer_types": ["routed_attention"] * shape["num_hidden_layers"],
-    }
+    },
+    "hourglass": lambda shape: {"shorten_factors": [4]},
 }
 UNBOUNDED_CONTEXT = 16384  # the longest context for rows whose state grows with it: reading it is quadratic
 

@@ -50,3 +50,11 @@ def fired_rows(fires: torch.Tensor, most: int | None = None) -> Fired:
     """Items [rows, length] (bool) that fire. With `most`, how many of a row can, no shape rests on values."""
     rows = rows_of(fires) if most is None else all_rows(fires, most)
     return Fired(rows, fires.cumsum(1) - 1)
+
+
+def last_of(items: torch.Tensor, count: int, real: torch.Tensor | None) -> torch.Tensor:
+    """The last `count` of items [rows, count + longest, size], where rows go on to where `real` says."""
+    if real is None:
+        return items[:, -count:]
+    index = real.sum(1, keepdim=True) + torch.arange(count, device=items.device)
+    return items.gather(1, index[..., None].expand(-1, -1, items.shape[-1]))

@@ -36,3 +36,23 @@ class RoutingTransformer(Subject):
         """With that of the distance to centroids, as the package trains."""
         logits, commitment = self.model(ids)
         return F.cross_entropy(logits[0, :-1], ids[0, 1:]) + commitment.sum()
+
+
+class Hourglass(Subject):
+    """A layer before and after, the others on groups, as in ours; groups are mapped to one item and back."""
+
+    def __init__(self, shape: dict, longest: int, **options):
+        peer = importlib.import_module("hourglass_transformer_pytorch")
+        self.model = peer.HourglassTransformerLM(
+            num_tokens=shape["vocab_size"],
+            dim=shape["hidden_size"],
+            max_seq_len=longest,
+            depth=(1, shape["num_hidden_layers"] - 2, 1),
+            shorten_factor=options["shorten_factor"],
+            heads=shape["num_attention_heads"],
+            dim_head=shape["hidden_size"] // shape["num_attention_heads"],
+            updown_sample_type="linear",
+        )
+
+    def logits(self, ids):
+        return self.model(ids)

@@ -21,10 +21,10 @@ class ArchHNetConfig(AttentionConfig, HierarchyConfig):
     ratio_loss_weight (`float`, defaults to 0.03):
         What the ratio loss is multiplied by where it is added to the loss: in training, with labels.
     layer_types, feed_forward_types (`list[str]`, *optional*):
-        `"ssd"`, `"ragged_attention"` or `"ragged_sliding_attention"`; `"none"` or `"gated"` (and what else feeds
+        `"ssd"`, `"ragged_attention"` or `"causal_window_attention"`; `"none"` or `"gated"` (and what else feeds
         forward). By default recurrences alone beside the last level, and attention with feed-forwards in it.
     sliding_window (`int`, defaults to 1024):
-        How many items of its level a layer of type `"ragged_sliding_attention"` sees, itself included.
+        How many items of its level a layer of type `"causal_window_attention"` sees, itself included.
     rotary_share (`float`, defaults to 0.5):
         The share of the numbers of a head that positions turn, the first ones.
     state_size, state_head_dim, conv_kernel (`int`), expand (`float`):
@@ -33,7 +33,7 @@ class ArchHNetConfig(AttentionConfig, HierarchyConfig):
     """
 
     model_type = "hf_arch_hnet"
-    layer_kinds = ("ssd", "ragged_attention", "ragged_sliding_attention")
+    layer_kinds = ("ssd", "ragged_attention", "causal_window_attention")
     feed_forward_kinds = ("none", *ArchConfig.feed_forward_kinds)
 
     vocab_size: int = 256
@@ -126,8 +126,8 @@ class ArchHNetConfig(AttentionConfig, HierarchyConfig):
             self.check_width(size)
         if self.head_dim != self.hidden_size // self.num_attention_heads:
             raise ValueError("The width of a head is that of its level over num_attention_heads: leave head_dim out.")
-        if "ragged_sliding_attention" in self.layer_types and not (self.sliding_window and self.sliding_window > 0):
-            raise ValueError("Layers of type ragged_sliding_attention need a positive sliding_window.")
+        if "causal_window_attention" in self.layer_types and not (self.sliding_window and self.sliding_window > 1):
+            raise ValueError("Layers of type causal_window_attention need a sliding_window of at least 2.")
         if self.rope_parameters.get("rope_type") == "longrope":
             raise ValueError("rope_type longrope has numbers for heads of one width; those of levels differ.")
 

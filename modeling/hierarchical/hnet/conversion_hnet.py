@@ -37,7 +37,7 @@ def told_by_layout(parts: list[str], windows: list[int]) -> Fields:
         for letter, count in LAYERS.findall(layout):
             kind = MIXERS[letter.lower()]
             if kind == "ragged_attention" and windows[level] >= 0:
-                kind = "ragged_sliding_attention"
+                kind = "causal_window_attention"
             found["layer_types"] += [kind] * int(count)
             found["feed_forward_types"] += ["gated" if letter.isupper() else "none"] * int(count)
             found["layer_levels"] += [level] * int(count)

@@ -16,12 +16,13 @@ from transformers.cache_utils import Cache
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
-from ...layers.attention import Attention, SlidingAttention
-from ...layers.level import Level, RowStates, last_of
+from ...layers.attention import Attention
+from ...layers.level import Level, RowStates
 from ...layers.norm import WideRMSNorm
 from ...layers.positions import Plain, RotaryEmbedding, rotated
 from ...layers.residual import WidePreNorm
-from ...ops.firing import Fired
+from ...layers.window_attention import CausalWindowAttention
+from ...ops.firing import Fired, last_of
 from ...ops.precision import without_autocast
 from ...ops.smoothing import chunk_smoothing, recurrent_smoothing
 from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
@@ -159,7 +160,7 @@ class ArchHNetModel(Hierarchy):
     norm_class = WideRMSNorm
     residual = WidePreNorm
     part_norm = True
-    mixers = {"ssd": recurrence, "ragged_attention": Attention, "ragged_sliding_attention": SlidingAttention}
+    mixers = {"ssd": recurrence, "ragged_attention": Attention, "causal_window_attention": CausalWindowAttention}
     _keep_in_fp32_modules_strict = ["residual_proj"]
     _can_record_outputs = Hierarchy._can_record_outputs | {
         "boundary_probabilities": OutputRecorder(BoundaryProbabilities, index=0)

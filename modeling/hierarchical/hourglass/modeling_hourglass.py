@@ -8,16 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...layers.attention import Attention, BidirectionalAttention, SlidingAttention
+from ...layers.attention import Attention, BidirectionalAttention
 from ...layers.feed_forward import MLP
-from ...layers.level import Level, RowStates, last_of
-from ...layers.positions import LearnedPositions, NoPositions, RotaryEmbedding
+from ...layers.level import Level, RowStates
+from ...layers.positions import NoPositions, RotaryEmbedding
 from ...layers.residual import PreNorm
-from ...ops.firing import Fired
+from ...layers.window_attention import CausalWindowAttention
+from ...ops.firing import Fired, last_of
 from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
 from ...skeleton.heads import CausalLM, MaskedLM
 from ...skeleton.hierarchy import Hierarchy, Resampling
-from ...skeleton.laboratory import NORMS
+from ...skeleton.laboratory import NORMS, POSITIONS
 from .configuration_hourglass import ArchHourglassConfig
 
 
@@ -84,7 +85,6 @@ class ValueOfOne(nn.Module):
 
 
 RESAMPLINGS = {"linear": LinearResampling, "average": AverageResampling}
-POSITIONS = {"rope": RotaryEmbedding, "learned": LearnedPositions}
 INNER_POSITIONS = {"rope": RotaryEmbedding, "learned": NoPositions}
 
 
@@ -155,7 +155,7 @@ class ArchHourglassModel(Hierarchy):
     resampling = HourglassResampling
     mixers = {
         "ragged_attention": Attention,
-        "ragged_sliding_attention": SlidingAttention,
+        "causal_window_attention": CausalWindowAttention,
         "bidirectional_attention": BidirectionalAttention,
     }
 
