@@ -116,7 +116,7 @@ def test_what_cannot_be_converted_is_said(theirs, fields, message):
         ({"rotary_share": 0.6}, "no even number"),
         ({"state_head_dim": 24}, "not a multiple of state_head_dim 24"),
         ({"head_dim": 16}, "leave head_dim out"),
-        ({"layer_types": ["causal_window_attention"] * 3, "sliding_window": None}, "need a sliding_window of at least 2"),
+        ({"layer_types": ["causal_window_attention"] * 3, "sliding_window": None}, "sliding_window of at least 2"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "short_factor": [1.0] * 4}
           | {"long_factor": [1.0] * 4}}, "heads of one width"),
     ],
