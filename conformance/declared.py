@@ -23,6 +23,8 @@ NOT_KEPT: dict[tuple[str, str], str] = {
     for row in DENSE
 } | {
     ("hat", "test_num_layers_is_small"): "Three layers: inside segments, across, and inside again, to see all",
+    ("hnet", "test_num_layers_is_small"): "Three layers: before chunks, on them, and after",
+    ("hnet", "test_greedy_generate_dict_outputs"): "Hidden states of layers on chunks are as many as chunks",
     ("hourglass", "test_num_layers_is_small"): "Three layers: before the shortening, on groups, and after",
     ("hourglass", "test_greedy_generate_dict_outputs"): "Hidden states of layers on groups are as many as groups",
     ("retnet", "test_model_rope_scaling_from_config*"): "RetNet scales no rotations: its config refuses to",
