@@ -306,6 +306,20 @@ ARCHITECTURES = (
         exceptions=FULL_ATTENTION,
     ),
     Architecture(
+        "hnet",
+        "ArchHNet",
+        family="hierarchical",
+        title="H-Net",
+        paper="arXiv:2507.07955",
+        lora_targets=(
+            *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+            *("in_proj", "out_proj", "residual_proj"),
+        ),
+        tiny={"num_hidden_layers": 3, "inner_hidden_sizes": [48], "state_size": 8, "state_head_dim": 16}
+        | {"bos_token_id": 1, "eos_token_id": 2},
+        exceptions=FULL_ATTENTION,
+    ),
+    Architecture(
         "hat",
         "ArchHat",
         family="hierarchical",

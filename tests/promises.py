@@ -15,6 +15,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from hf_arch import ARCHITECTURES, Architecture
+from hf_arch.modeling.hierarchical.hnet.modeling_hnet import DynamicChunking
 from hf_arch.modeling.layers.centroids import Centroids
 from hf_arch.modeling.layers.early_exit import EarlyExitView
 from hf_arch.modeling.layers.retrieval_attention import RetrievalAttention
@@ -142,9 +143,19 @@ VARIANTS = {
     },
     "megabyte": {
         "three_levels": {"patch_sizes": [4, 3], "global_hidden_sizes": [16, 48], "num_hidden_layers": 4}
-        | {"layer_types": ["ragged_sliding_attention", *["patch_attention"] * 3], "sliding_window": 3}
+        | {"layer_types": ["causal_window_attention", *["patch_attention"] * 3], "sliding_window": 3}
         | {"layer_levels": [2, 1, 0, 0], "position_type": "learned", "attention_bias": True, "mlp_bias": False}
         | {"feed_forward_types": ["gated", "sparse", "dense", "gated"], "num_local_experts": 4},
+    },
+    "hnet": {
+        "two_stages": {"inner_hidden_sizes": [32, 48], "num_hidden_layers": 7, "layer_levels": [0, 1, 1, 2, 1, 1, 0]}
+        | {
+            "layer_types": ["ssd", "causal_window_attention", "ssd", "ragged_attention"]
+            + ["ssd", "causal_window_attention", "ssd"],
+            "sliding_window": 9,
+            "num_key_value_heads": 2,
+        }
+        | {"feed_forward_types": ["none", "gated", "none", "gated", "none", "sparse", "none"], "num_local_experts": 4},
     },
     "hat": {
         "one_level": {"segment_lengths": [], "layer_types": ["level_0"] * 3},
@@ -342,7 +353,7 @@ def held_choices():
     held = {}
     kinds = TopKRouter, HierarchicalRouter, ExpertChoiceRouter, LSHAttention, RetrievalAttention
     choices = *((kind, "choose") for kind in kinds), (Centroids, "nearest")
-    choices += ((RoutedView, "decide"), (EarlyExitView, "decide"))
+    choices += ((RoutedView, "decide"), (EarlyExitView, "decide"), (DynamicChunking, "decide"))
 
     def first(choose):
         return lambda self, scores, *of: held.setdefault((self, scores.shape[:-1]), choose(self, scores, *of))

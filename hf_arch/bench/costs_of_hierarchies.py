@@ -3,20 +3,21 @@
 import math
 
 from hf_arch.bench.costs import Cost, Span, cost, projections, visible_pairs
+from hf_arch.modeling.hierarchical.hnet.modeling_hnet import ArchHNetModel
 from hf_arch.modeling.hierarchical.hourglass.modeling_hourglass import ArchHourglassModel, HourglassResampling
 from hf_arch.modeling.hierarchical.megabyte.modeling_megabyte import ArchMegaByteModel, MegaByteResampling
 from hf_arch.modeling.layers.patch_attention import PatchAttention
 from hf_arch.modeling.skeleton.hierarchy import Hierarchy
 
 
-def often(span: Span, tokens: int) -> float:
+def often(span: Span, tokens: float) -> float:
     """How often a pass reads anything of a level whose items are of so many `tokens`; a step, once for all of them."""
     return 1 / tokens if span.tokens == 1 else 1
 
 
-def items(span: Span, tokens: int) -> Span:
+def items(span: Span, tokens: float) -> Span:
     """The items of a level where there are some."""
-    return Span(math.ceil(span.tokens / tokens), span.before // tokens)
+    return Span(math.ceil(span.tokens / tokens), int(span.before // tokens))
 
 
 def times(share: float, whole: Cost) -> Cost:
@@ -33,8 +34,14 @@ def megabyte(module: ArchMegaByteModel, span: Span) -> Cost:
     return stages(module, module.config.patch_sizes, span)
 
 
-def stages(module: Hierarchy, factors: list[int], span: Span) -> Cost:
-    """Of levels at which each item is so many of the one below."""
+@cost.register
+def hnet(module: ArchHNetModel, span: Span) -> Cost:
+    """Where chunks are as long as the ratio loss asks them to be."""
+    return stages(module, module.config.target_ratios, span)
+
+
+def stages(module: Hierarchy, factors: list[float], span: Span) -> Cost:
+    """Of a model in which so many items of a level are one of the next."""
     total = Cost()
     for layer, level in zip(module.layers, module.config.layer_levels, strict=True):
         tokens = math.prod(factors[:level])

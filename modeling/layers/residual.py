@@ -50,6 +50,14 @@ class PreNorm(Residual):
         return stream
 
 
+class WidePreNorm(PreNorm):
+    """The same, on a stream in float32 at least, whatever the type of the weights: for norms that answer in that."""
+
+    @staticmethod
+    def enter(hidden_states):
+        return hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+
+
 class PostNorm(Residual):
     """norm(x + f(x)): the first Transformer, GPT-1, BERT."""
 

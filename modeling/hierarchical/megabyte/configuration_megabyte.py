@@ -32,7 +32,7 @@ class ArchMegaByteConfig(AttentionConfig, HierarchyConfig):
     """
 
     model_type = "hf_arch_megabyte"
-    layer_kinds = ("ragged_attention", "ragged_sliding_attention", "patch_attention")
+    layer_kinds = ("ragged_attention", "causal_window_attention", "patch_attention")
     feed_forward_kinds = ("dense", "gated", "sparse", "switch")
 
     vocab_size: int = 384
@@ -140,5 +140,5 @@ class ArchMegaByteConfig(AttentionConfig, HierarchyConfig):
         top = self.num_levels - 1
         for level, kind in zip(self.layer_levels, self.layer_types, strict=True):
             if (level == top) == (kind == "patch_attention"):
-                kinds = "ragged_attention or ragged_sliding_attention" if level == top else "patch_attention"
+                kinds = "ragged_attention or causal_window_attention" if level == top else "patch_attention"
                 raise ValueError(f"A layer of level {level} is of type {kinds}, not {kind}.")

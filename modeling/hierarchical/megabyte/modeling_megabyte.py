@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
-from ...layers.attention import Attention, SlidingAttention
+from ...layers.attention import Attention
 from ...layers.level import Level, RowStates
 from ...layers.norm import RMSNorm
 from ...layers.patch_attention import PatchAttention
 from ...layers.positions import LearnedPositions, NoPositions, RotaryEmbedding
+from ...layers.window_attention import CausalWindowAttention
 from ...ops.firing import Fired, last_of
 from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
 from ...skeleton.heads import CausalLM
@@ -116,7 +117,7 @@ class ArchMegaByteModel(Hierarchy):
     resampling = MegaByteResampling
     mixers = {
         "ragged_attention": Attention,
-        "ragged_sliding_attention": SlidingAttention,
+        "causal_window_attention": CausalWindowAttention,
         "patch_attention": PatchAttention,
     }
 
