@@ -112,13 +112,14 @@ def open_closed_lists() -> None:
 
 
 def groups_of_heads(row: Architecture) -> list[tuple[str, ...]]:
-    """Heads that share a config are tested together, and with them the bare model."""
+    """Heads that share a config are tested together, and with them the bare model, unless they are of one stack of it
+    alone."""
     groups: dict[str, list[str]] = {}
     for head in row.heads:
-        groups.setdefault(repr(row.head_fields.get(head)), []).append(head)
-    return [
-        tuple(heads if heads[0] == "EncoderModel" else dict.fromkeys(("Model", *heads))) for heads in groups.values()
-    ]
+        fields = row.head_fields.get(head, {})
+        group = groups.setdefault(repr(fields), ["Model"] if fields.get("is_encoder_decoder", True) else [])
+        group.append(head)
+    return [tuple(dict.fromkeys(heads)) for heads in groups.values()]
 
 
 def suites() -> dict[str, type[unittest.TestCase]]:

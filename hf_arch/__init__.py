@@ -10,8 +10,10 @@ from hf_arch.distill import distill
 from hf_arch.export import export, push_to_hub
 from hf_arch.groups import parameter_groups
 from hf_arch.lora import lora_config, register_targets
+from hf_arch.parallel_windows import parallel_windows
 from hf_arch.registration import register
 from hf_arch.states import fork, load_state, save_state
+from hf_arch.upcycle import upcycle
 
 register()
 register_targets()
@@ -24,6 +26,7 @@ LATER = {  # transformers' Trainer and collators, and matplotlib, take seconds t
     "SpanCorruptionCollator": "collators",
     "Segments": "streams",
     "StatefulTrainer": "streams",
+    "describe": "description",
     "WholeWordMaskCollator": "collators",
     "routing_statistics": "routing",
 }
@@ -47,16 +50,19 @@ __all__ = [
     "StatefulTrainer",
     "WholeWordMaskCollator",
     "convert",
+    "describe",
     "distill",
     "export",
     "find",
     "fork",
     "load_state",
     "lora_config",
+    "parallel_windows",
     "parameter_groups",
     "push_to_hub",
     "register_attention",
     "routing_statistics",
     "save_state",
+    "upcycle",
     "window_cache",
 ]

@@ -9,6 +9,9 @@ FULL_ATTENTION = {
     "bounded step": "And so does a step.",
     "linear cost": "Full attention compares all pairs of tokens.",
 }
+ENCODER_ALONE = {
+    head: {"is_encoder_decoder": False} for head in ENCODER_DECODER if head not in ("Model", "ForConditionalGeneration")
+}
 
 ARCHITECTURES = (
     Architecture(
@@ -30,11 +33,7 @@ ARCHITECTURES = (
         paper="arXiv:1910.10683",
         heads=ENCODER_DECODER,
         tiny={"attention_scaling": 1.0},
-        head_fields={
-            head: {"is_encoder_decoder": False}
-            for head in ENCODER_DECODER
-            if head not in ("Model", "ForConditionalGeneration")
-        },
+        head_fields=ENCODER_ALONE,
         exceptions=FULL_ATTENTION,
     ),
     Architecture(
@@ -188,11 +187,12 @@ ARCHITECTURES = (
         | {"dilated_segments": [8, 32], "dilations": [1, 2]},
         exceptions={
             "bounded state": "Dense layers look at every earlier key, and so does, in the end, the text that strided, "
-            "fixed and dilated ones see: their caches grow. Those of layers of type sliding_attention and "
+            "fixed, dilated and retrieving ones see: their caches grow. Those of layers of type sliding_attention and "
             "sink_attention do not.",
-            "bounded step": "And a step of a dense layer reads all of its cache.",
+            "bounded step": "And a step of a dense layer reads all of its cache; one of type retrieval_attention as "
+            "many keys at any length, and a bound for each block.",
             "linear cost": "Dense layers compare all pairs of tokens; strided and fixed ones n (stride + n / stride), "
-            "the others as many as their windows show.",
+            "retrieving ones each token with each block, the others as many as their windows show.",
             "padding does not enter the state": "transformers' cache of a window counts columns, padding included; "
             "that of sink_attention counts real tokens.",
         },
@@ -252,7 +252,32 @@ ARCHITECTURES = (
             *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
             *("in_proj", "out_proj"),
         ),
-        tiny={"num_key_value_heads": 2, "capacity": 0.5},
+        tiny={"num_key_value_heads": 2, "capacity": 0.5, "predictor_size": 20},
+        exceptions=FULL_ATTENTION,
+    ),
+    Architecture(
+        "switch",
+        "ArchSwitch",
+        family="moe",
+        title="Switch Transformer",
+        paper="arXiv:2101.03961",
+        heads=(*ENCODER_DECODER, "ForCausalLM"),
+        tiny={"num_local_experts": 4, "router_jitter_noise": 0.0, "attention_scaling": 1.0},
+        head_fields=ENCODER_ALONE | {"ForCausalLM": {"is_encoder_decoder": False, "is_decoder": True}},
+        exceptions=FULL_ATTENTION,
+    ),
+    Architecture(
+        "deepseek",
+        "ArchDeepSeek",
+        family="moe",
+        title="DeepSeek (V2, V3)",
+        paper="arXiv:2412.19437",
+        lora_targets=(
+            *("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj", "kv_b_proj", "o_proj"),
+            *("gate_proj", "up_proj", "down_proj"),
+        ),
+        tiny={"kv_lora_rank": 12, "q_lora_rank": 20, "v_head_dim": 6}
+        | {"num_local_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 2},
         exceptions=FULL_ATTENTION,
     ),
     Architecture(

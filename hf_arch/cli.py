@@ -1,4 +1,4 @@
-"""`hf-arch list | demo | convert | export | bench | evaluate`."""
+"""`hf-arch list | describe | demo | convert | export | bench | evaluate`."""
 
 import argparse
 import importlib
@@ -31,6 +31,11 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("list", help="show every architecture")
     command.set_defaults(command=show_catalogue)
     command.add_argument("--markdown", action="store_true", help="as the README's table")
+
+    command = commands.add_parser("describe", help="parameters, cache and operations for a token, beside known models")
+    command.set_defaults(command=describe)
+    command.add_argument("models", nargs="*", metavar="MODEL", help="folders or repositories with a config of hf_arch")
+    command.add_argument("--context", type=int, default=8192, metavar="TOKENS", help="default: %(default)s")
 
     command = commands.add_parser("demo", help="train, fine-tune, save, load and merge a small model, in minutes")
     command.set_defaults(command=demo)
@@ -99,6 +104,11 @@ def show_catalogue(options: argparse.Namespace) -> None:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def describe(options: argparse.Namespace) -> None:
+    described = importlib.import_module("hf_arch.description")  # not at the top: it imports every architecture
+    print(described.beside_released(options.models, options.context))
 
 
 def demo(options: argparse.Namespace) -> None:

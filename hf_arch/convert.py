@@ -78,12 +78,8 @@ def convert(
         raise ValueError(f"{', '.join(wrong)} cannot be chosen: the checkpoint decides it{known}.")
     config = row.load("Config")(**conversion.config(fields, **choices))
     config.name_or_path = str(source)
-    with torch.device("meta"):
-        empty = model_class(config)
     tensors = tensors or read_weights(folder)
-    state = conversion.translate(tensors, fields, empty)
-    dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
-    model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
+    model = translated(tensors, fields, conversion, model_class, config)
     if model.can_generate() and (folder / GENERATION_CONFIG_NAME).exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     if verify:
@@ -94,6 +90,31 @@ def convert(
             model.save_pretrained(stage)
             carry_tokenizer(folder, stage, with_class=conversion.original is None)
     return model
+
+
+def translated(
+    tensors: dict, fields: dict, conversion: Conversion, model_class: type[PreTrainedModel], config
+) -> PreTrainedModel:
+    """The model of ours that the tensors of an original make, in eval."""
+    with torch.device("meta"):
+        empty = model_class(config)
+    state = conversion.translate(tensors, fields, empty)
+    dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+    return model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
+
+
+def from_original(original: PreTrainedModel) -> PreTrainedModel:
+    """A model of transformers' own as the first architecture of ours that it can become, with its tensors."""
+    fields = original.config.to_dict() | {"architectures": [type(original).__name__]}
+    known = ((row, conversion) for row in ARCHITECTURES for conversion in conversions(row) if conversion.takes(fields))
+    row, conversion = next(known, (None, None))
+    if row is None:
+        raise ValueError(f"A {type(original).__name__} is neither of hf_arch, nor can it become a model of it.")
+    config, head = row.load("Config")(**conversion.config(fields)), conversion.head_of(fields)
+    model = translated(original.state_dict(), fields, conversion, row.load(head), config)
+    if model.can_generate():
+        model.generation_config = copy.deepcopy(original.generation_config)
+    return model.to(original.device).train(original.training)
 
 
 def carry_tokenizer(folder: Path, stage: Path, with_class: bool) -> None:

@@ -18,7 +18,7 @@ def markdown() -> str:
 
 
 def heads_in_words(row: Architecture) -> str:
-    for name, heads in SETS_OF_HEADS.items():
+    for name, heads in reversed(SETS_OF_HEADS.items()):
         if set(heads) <= set(row.heads):
             return ", ".join([name, *(head for head in row.heads if head not in heads)])
     return ", ".join(row.heads)

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_arch.architecture import Architecture
 from hf_arch.catalogue import ARCHITECTURES, find
 
-ROUTER = "gate"  # of sparse feed-forwards, which any architecture may have
+ROUTERS = ("gate", "group_gate")  # of sparse feed-forwards, which any architecture may have
 TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
@@ -33,7 +33,7 @@ def register_targets() -> None:
 
 def targets(row: Architecture) -> list[str]:
     """The modules that adapters reach by default: those of the row, and routers."""
-    return [*row.lora_targets, ROUTER]
+    return [*row.lora_targets, *ROUTERS]
 
 
 def lora_config(model_or_config: PreTrainedModel | PreTrainedConfig, **overrides) -> LoraConfig:
@@ -47,15 +47,25 @@ def lora_config(model_or_config: PreTrainedModel | PreTrainedConfig, **overrides
     model = model_or_config
     if not isinstance(model, nn.Module):
         with torch.device("meta"):
-            model = row.load("Model")(config)
+            model = row.load(narrowest_head(row, config))(config)
     fields = {"target_modules": targets(row), "target_parameters": stacked_experts(model) or None}
     if overrides.get("lora_dropout") and (fields | overrides)["target_parameters"]:
         raise ValueError(
             "Adapters of stacked experts take no dropout: leave lora_dropout at 0, or the experts as they are with "
             "target_parameters=None."
         )
-    fields["task_type"] = TASKS.get(type(model).__name__.removeprefix(row.prefix))
+    fields["task_type"] = TASKS.get(type(model_or_config).__name__.removeprefix(row.prefix))
     return LoraConfig(**(fields | overrides))
+
+
+def narrowest_head(row: Architecture, config: PreTrainedConfig) -> str:
+    """Of the heads that a config can have, the one that asks the most of it: the config may be of a stack alone."""
+
+    def asked(head: str) -> dict:
+        return row.head_fields.get(head, {})
+
+    fitting = [head for head in row.heads if all(getattr(config, name) == is_ for name, is_ in asked(head).items())]
+    return max(fitting or row.heads, key=lambda head: len(asked(head)))
 
 
 def stacked_experts(model: nn.Module) -> list[str]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.modeling_outputs import ModelOutput
 
 from hf_arch.modeling.layers.record import RouterLogits
-from hf_arch.modeling.layers.sparse import SparseFeedForward
+from hf_arch.modeling.layers.sparse import MixtureOfExperts
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class RoutingStatistics:
     """Of the sparse feed-forwards of a model, in their order, over real tokens.
 
     load [layers, experts]: the share of an expert in what all serve; 1 / experts each where they are equally busy.
-    dropped [layers]: the share of choices that found their expert full.
+    dropped [layers]: the share of choices that found their expert full; where experts choose, a token that none took
+    counts as one such.
     entropy [layers]: of the probabilities that a token gives the experts, on average, in nats: log(experts) where it
     does not care, 0 where it is sure.
     """
@@ -53,12 +54,13 @@ def count(logits: torch.Tensor, choices: torch.Tensor) -> torch.Tensor:
     """[experts + 3] of a layer: how often each expert was chosen, how often one that was full, the sum of entropies,
     and the number of real tokens; so that calls and processes add up.
 
-    logits [tokens, experts]; choices [tokens, choices], the number of experts where one was full, -1 at padding.
+    logits [tokens, experts]; choices [tokens, choices], as `RouterChoices` tells them.
     """
     experts, real = logits.shape[-1], choices[:, 0] >= 0
     wide = torch.promote_types(logits.dtype, torch.float32)
     chosen = torch.zeros(experts + 1, dtype=wide, device=logits.device)
-    chosen.index_add_(0, choices[real].flatten(), torch.ones_like(choices[real].flatten(), dtype=wide))
+    made = choices[choices >= 0]
+    chosen.index_add_(0, made, torch.ones_like(made, dtype=wide))
     unsure = torch.special.entr(logits[real].softmax(-1, dtype=wide)).sum()
     return torch.cat((chosen, torch.stack((unsure, real.sum().to(wide)))))
 
@@ -90,7 +92,7 @@ class RoutingCallback(TrainerCallback):
         self.handles: list = []
 
     def on_train_begin(self, args, state, control, model: PreTrainedModel, **kwargs) -> None:
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseFeedForward)}
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, MixtureOfExperts)}
         watched = {name: module for name, module in layers.items() if records(module)}
         if not watched:
             raise ValueError("RoutingCallback watches routers, but no feed-forward of this model has one.")
@@ -129,12 +131,12 @@ class RoutingCallback(TrainerCallback):
             draw(self.names, self.history, self.plot)
 
 
-def records(module: SparseFeedForward) -> bool:
-    """Whether tokens choose among the experts."""
+def records(module: MixtureOfExperts) -> bool:
+    """Whether there is a choice, and it is told."""
     return any(isinstance(part, RouterLogits) for part in module.modules())
 
 
-def watch(module: SparseFeedForward, add: Callable[[torch.Tensor], None]) -> list:
+def watch(module: MixtureOfExperts, add: Callable[[torch.Tensor], None]) -> list:
     """Call `add` with the `count` of each call of a sparse feed-forward in training; answers the hooks' handles."""
     last: list[torch.Tensor] = []
 

@@ -121,7 +121,11 @@ def pack_layer(layer) -> tuple[dict[str, torch.Tensor], dict]:
     """(tensors, {kind, arguments of its class, plain attributes}) of one layer of a cache, whatever its class."""
     if layer_kinds().get(type(layer).__name__) is not type(layer):
         raise TypeError(f"A cache with a {type(layer).__name__} cannot be kept. Take a DynamicCache or a StaticCache.")
-    nested = {name for name, value in vars(layer).items() if isinstance(value, dict | list)} - {"states", "past"}
+    nested = {name for name, value in vars(layer).items() if isinstance(value, dict | list)} - {
+        "states",
+        "past",
+        "rooms",
+    }
     if nested:
         raise TypeError(
             f"A {type(layer).__name__} holds {', '.join(sorted(nested))}, of which a file would know nothing."

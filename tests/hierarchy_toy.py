@@ -4,8 +4,9 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 
-from hf_arch.modeling.layers.attention import Attention, SlidingAttention
+from hf_arch.modeling.layers.attention import Attention
 from hf_arch.modeling.layers.positions import RotaryEmbedding
+from hf_arch.modeling.layers.window_attention import CausalWindowAttention
 from hf_arch.modeling.skeleton.config import AttentionConfig
 from hf_arch.modeling.skeleton.heads import CausalLM
 from hf_arch.modeling.skeleton.hierarchy import Hierarchy, Resampling
@@ -15,7 +16,7 @@ from hf_arch.modeling.state_space.ssd.modeling_ssd import SSD
 
 SIZES = (16, 24, 32)
 LAYERS = {
-    0: ("ssd", "ragged_sliding_attention"),
+    0: ("ssd", "causal_window_attention"),
     1: ("ragged_attention", "ssd"),
     2: ("ssd", "ragged_attention"),
 }
@@ -24,7 +25,7 @@ LAYERS = {
 @strict
 class ToyConfig(AttentionConfig, HierarchyConfig):
     model_type = "hf_arch_hierarchy_toy"
-    layer_kinds = ("ragged_attention", "ragged_sliding_attention", "ssd")
+    layer_kinds = ("ragged_attention", "causal_window_attention", "ssd")
 
     vocab_size: int = 96
     hidden_size: int = SIZES[0]
@@ -90,7 +91,7 @@ class ToyModel(Hierarchy):
     resampling = DynamicResampling
     positions = RotaryEmbedding
     part_norm = True
-    mixers = {"ragged_attention": Attention, "ragged_sliding_attention": SlidingAttention, "ssd": ssd}
+    mixers = {"ragged_attention": Attention, "causal_window_attention": CausalWindowAttention, "ssd": ssd}
 
 
 class ToyForCausalLM(CausalLM):

@@ -16,8 +16,10 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from hf_arch import ARCHITECTURES, Architecture
 from hf_arch.modeling.layers.centroids import Centroids
+from hf_arch.modeling.layers.early_exit import EarlyExitView
+from hf_arch.modeling.layers.retrieval_attention import RetrievalAttention
 from hf_arch.modeling.layers.routed_view import RoutedView
-from hf_arch.modeling.layers.routers import TopKRouter
+from hf_arch.modeling.layers.routers import ExpertChoiceRouter, HierarchicalRouter, TopKRouter
 from hf_arch.modeling.long_context.reformer.modeling_reformer import LSHAttention
 
 VARIANTS = {
@@ -42,7 +44,9 @@ VARIANTS = {
         "relu": {"kernel_type": "relu", "position_type": "learned", "num_key_value_heads": None}
         | {"norm_type": "layer_norm", "attention_bias": True},
     },
-    "retnet": {"sparse": {"feed_forward_types": ["sparse"] * 2, "num_local_experts": 4, "num_experts_per_tok": 1}},
+    "retnet": {
+        "hierarchical": {"feed_forward_types": ["hierarchical"] * 2, "num_local_experts": 4, "num_expert_groups": 2}
+    },
     "hybrid": {
         "jamba": {"layer_types": ["ssd", "full_attention"], "feed_forward_types": ["gated", "sparse"]}
         | {"position_type": "none", "num_local_experts": 4, "mixer_options": {"ssd": {"state_size": 8}}},
@@ -101,6 +105,8 @@ VARIANTS = {
         "factorized": {"layer_types": ["strided_attention", "fixed_attention"], "num_key_value_heads": 2},
         "dilated": {"layer_types": ["dilated_attention"] * 2, "position_type": "rope"},
         "streaming": {"layer_types": ["sink_attention"] * 2, "position_type": "rope", "num_key_value_heads": 2},
+        "retrieval": {"layer_types": ["retrieval_attention"] * 2, "position_type": "rope", "num_key_value_heads": 2}
+        | {"retrieval_block_size": 4, "retrieved_blocks": 3},
     },
     "reformer": {
         "local": {"layer_types": ["local_attention"] * 2, "position_type": "sinusoidal", "local_attn_chunk_length": 5},
@@ -109,6 +115,12 @@ VARIANTS = {
     },
     "bigbird": {
         "no_global_block": {"block_size": 16, "num_window_blocks": 1, "num_random_blocks": 3, "num_global_blocks": 0},
+    },
+    "deepseek": {
+        "v2": {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 16.0}
+        | {"q_lora_rank": None, "norm_topk_prob": False, "v_head_dim": 20, "kv_lora_rank": 5}
+        | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "mscale_all_dim": 0.7}},
+        "further": {"num_nextn_predict_layers": 2, "n_shared_experts": 0, "attention_bias": True},
     },
     "mixtral": {"sliding": {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9}},
     "mixture_of_depths": {
@@ -122,7 +134,7 @@ VARIANTS = {
     },
     "hourglass": {
         "nested": {"shorten_factors": [2, 3], "num_hidden_layers": 5, "resampling_type": "average"}
-        | {"layer_types": ["ragged_sliding_attention", *["ragged_attention"] * 3, "ragged_sliding_attention"]}
+        | {"layer_types": ["causal_window_attention", *["ragged_attention"] * 3, "causal_window_attention"]}
         | {"sliding_window": 9, "position_type": "learned", "attention_bias": True},
         "plain": {"shorten_factors": [4], "layer_levels": [1, 1, 0], "attention_resampling": False}
         | {"feed_forward_types": ["gated", "sparse", "dense"], "num_local_experts": 4, "norm_type": "rms_norm"}
@@ -130,9 +142,8 @@ VARIANTS = {
     },
     "megabyte": {
         "three_levels": {"patch_sizes": [4, 3], "global_hidden_sizes": [16, 48], "num_hidden_layers": 4}
-        | {"layer_types": ["ragged_sliding_attention", *["patch_attention"] * 3], "sliding_window": 3}
-        | {"layer_levels": [2, 1, 0, 0], "position_type": "learned", "attention_bias": True, "mlp_bias": False}
-        | {"feed_forward_types": ["gated", "sparse", "dense", "gated"], "num_local_experts": 4},
+        | {"layer_levels": [2, 1, 0, 0], "position_type": "learned", "attention_bias": True}
+        | {"feed_forward_types": ["gated", "dense", "sparse", "dense"], "num_local_experts": 4},
     },
     "hat": {
         "one_level": {"segment_lengths": [], "layer_types": ["level_0"] * 3},
@@ -161,7 +172,7 @@ WITHOUT_TOKENS = ("Model", "ForSequenceClassification", "ForTokenClassification"
 IDLE = {
     "longformer": dict.fromkeys(("ForSequenceClassification", "ForMultipleChoice"), LAST_WINDOW),
     "compressive_transformer": dict.fromkeys(WITHOUT_TOKENS, COMPRESSION),
-    "mixture_of_depths": dict.fromkeys(WITHOUT_TOKENS, PREDICTOR),
+    "mixture_of_depths": {"Model": PREDICTOR},
 }
 
 WINDOWS = {"padding does not enter the state": "transformers' cache of a window counts columns, padding included."}
@@ -312,17 +323,23 @@ ENCODERS += [
     for case in ENCODERS
     if case.row.name == "bigbird" and not case.variant
 ]  # which a decoder cannot be
+ENCODERS += [
+    Case(ENCODERS[0].row, "ForMaskedLM", kind, {"feed_forward_types": ["gated", kind], "num_local_experts": 4})
+    for kind in ("expert_choice", "soft")
+]
 
 
 @contextlib.contextmanager
 def held_choices():
     """Each router chooses the experts, each hash the buckets, and each head the clusters, that it chose first for as
     many tokens: a choice that a rounding error turns says nothing of precision."""
-    held, choices = {}, ((TopKRouter, "choose"), (LSHAttention, "choose"), (Centroids, "nearest"))
-    choices += ((RoutedView, "decide"),)
+    held = {}
+    kinds = TopKRouter, HierarchicalRouter, ExpertChoiceRouter, LSHAttention, RetrievalAttention
+    choices = *((kind, "choose") for kind in kinds), (Centroids, "nearest")
+    choices += ((RoutedView, "decide"), (EarlyExitView, "decide"))
 
     def first(choose):
-        return lambda self, scores: held.setdefault((self, scores.shape[:-1]), choose(self, scores))
+        return lambda self, scores, *of: held.setdefault((self, scores.shape[:-1]), choose(self, scores, *of))
 
     with contextlib.ExitStack() as stack:
         for kind, name in choices:

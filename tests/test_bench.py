@@ -60,8 +60,8 @@ def counted(row, span, **fields) -> int:
 
 # Who computes more than the floor: blocks of a short convolution are whole matrices, with zeros in them; texts that are
 # short for a Fourier transform, whose operations torch does not count, go through such blocks; chunks of sorted tokens
-# are compared with all that one of them might see
-MORE = {"h3": 1.12, "hyena": 1.5, "reformer": 1.2, "routing_transformer": 1.08}
+# are compared with all that one of them might see; values are made as wide as keys, with zeros
+MORE = {"h3": 1.12, "hyena": 1.5, "reformer": 1.2, "routing_transformer": 1.08, "deepseek": 1.1}
 PASS, STEP = costs.Span(256), costs.Span(1, before=192)  # an encoder makes no steps
 COUNTED = [(row, PASS) for row in ARCHITECTURES if head_of(row)]
 COUNTED += [(row, STEP) for row in ARCHITECTURES if head_of(row) == "ForCausalLM"]

@@ -112,3 +112,22 @@ def test_work_and_memory_are_linear_and_do_not_depend_on_the_number_of_buckets(n
     assert long == cost(4096, num_buckets=64, block=16)
     pairs = 4096 * 2 * 2 * (64 + 2 * 16)  # a chunk, and the two blocks before it, for each head and round
     assert long[0] <= 6 * pairs * (8 + 6) and long[1] <= 4 * pairs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True])
+def test_steps_write_into_the_state_and_say_the_same(padded):
+    *tensors, buckets = some_inputs(40, 5, 2)
+    documents = torch.ones(2, 40, dtype=torch.long)
+    documents[1, 3:9] = documents[0, 33:35] = 0 if padded else 1
+    options = {"num_buckets": 5, "block": 3, "output_final_state": True}
+    expected, last = recurrent_bucketed_attention(*tensors, buckets, documents=documents, **options)
+    state, outputs = None, []
+    for parts in zip(*(x.split(1, dim=1) for x in (*tensors, buckets, documents)), strict=True):
+        before, told = state, {"documents": parts[-1] if padded else None, "in_place": state is not None}
+        output, state = recurrent_bucketed_attention(*parts[:-1], initial_state=before, **told, **options)
+        outputs.append(output)
+        assert before is None or state[0] is before[0]
+    real = documents > 0
+    assert_close(torch.cat(outputs, dim=1)[real], expected[real], **EXACT)
+    assert_close(state, last, **EXACT)

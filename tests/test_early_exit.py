@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_arch import find
 from hf_arch.modeling.layers import early_exit
-from promises import EXACT, Case, new_cache
+from promises import EXACT, Case, held_choices, new_cache
 
 ROW = find("mixture_of_depths")
 FIELDS = {"layer_types": ["early_exit_attention"] * 4, "num_hidden_layers": 4}
@@ -126,6 +126,35 @@ def test_losses_of_the_exits(tokens):
     gradients = [torch.autograd.grad(loss, of.values()) for loss in (found.loss, expected)]
     for name, ours, theirs in zip(of, *gradients, strict=True):
         assert_close(ours, theirs, **close, msg=name)
+
+
+@torch.no_grad()
+def test_low_precision_is_close_where_the_same_tokens_leave(tokens):
+    model = Case(ROW, "ForCausalLM", fields=FIELDS).build(
+        torch.float32, initializer_range=0.08, early_exit_threshold=0.5
+    )
+    with held_choices():
+        expected = model(tokens)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mixed = model(tokens)
+        low = model.bfloat16()(tokens)
+    assert len({*expected.depths.flatten().tolist()}) > 1
+    for found in (mixed, low):
+        assert found.depths.equal(expected.depths)
+        assert (found.logits - expected.logits).std() < 0.05 * expected.logits.std()
+
+
+def test_compiled_training_equals_eager(tokens):
+    kinds = ["routed_attention", "early_exit_attention", "early_exit_attention"]
+    model = leaving(layer_types=kinds, num_hidden_layers=3).train()
+    inputs = {"input_ids": tokens, "labels": tokens, "use_cache": False}
+    model(**inputs).loss.backward()
+    expected = {name: weight.grad for name, weight in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    torch._dynamo.reset()
+    torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs).loss.backward()
+    for name, weight in model.named_parameters():
+        assert_close(weight.grad, expected[name], **EXACT, msg=name)
 
 
 @pytest.mark.parametrize("kind", ["early_exit_attention", "routed_attention"])

@@ -1,5 +1,7 @@
 """The second skeleton carries what no row shows alone: firing by the text, widths by level, mixers side by side."""
 
+import copy
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -53,6 +55,17 @@ def test_padding_packing_and_mates_do_not_matter(toy, use_cache):
     for row in range(3):
         real = mask[row].bool()
         assert_close(logits[row, real], toy(tokens[row, real][None]).logits[0], **EXACT)
+
+
+@torch.no_grad()
+def test_layers_of_every_width_attend_as_asked(toy):
+    """Their configs see the model's own."""
+    tokens, copied = some_tokens(3), copy.deepcopy(toy)
+    copied.set_attn_implementation("eager")
+    narrow = copied.float()(tokens).logits  # transformers' eager softmax turns float64 masks into nan
+    assert copied.model.layers[4].mixer is not toy.model.layers[4].mixer
+    assert {layer.mixer.config._attn_implementation for layer in copied.model.layers[1::8]} == {"eager"}
+    assert_close(narrow, toy(tokens).logits.float(), atol=1e-3, rtol=1e-3)
 
 
 @torch.no_grad()

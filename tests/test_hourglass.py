@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_arch import find
-from promises import EXACT, Case, some_tokens
+from promises import EXACT, VARIANTS, Case, some_tokens
 
 GOLDEN = Path(__file__).parent / "goldens" / "hourglass_lucidrains.safetensors"
 ROW = find("hourglass")
@@ -154,6 +154,16 @@ def test_the_short_middle_runs_only_when_a_group_is_complete():
     for place in range(40):
         cache = model(tokens[:, place : place + 1], past_key_values=cache, use_cache=True).past_key_values
     assert runs == {level: [*range(0, 40, factor)] for level, factor in ((0, 1), (1, 2), (2, 6))}
+
+
+@pytest.mark.parametrize("variant", ["", *VARIANTS["hourglass"]])
+@torch.no_grad()
+def test_no_number_of_the_past_changes_with_the_future(variant):
+    model = Case(ROW, "ForCausalLM", variant, VARIANTS["hourglass"].get(variant, {})).build()
+    tokens = some_tokens()
+    changed = tokens.clone()
+    changed[:, 40:] = (changed[:, 40:] + 7) % 96
+    assert torch.equal(model(changed).logits[:, :40], model(tokens).logits[:, :40])
 
 
 @torch.no_grad()

@@ -198,3 +198,19 @@ def test_a_sorted_model_keeps_no_cache():
 def test_configs_that_contradict_themselves(fields, message):
     with pytest.raises(StrictDataclassError, match=message):
         find("reformer").tiny_config(**fields)
+
+
+@torch.no_grad()
+def test_a_step_writes_where_the_state_stands_unless_someone_goes_back():
+    model, tokens = REFORMER.build(), some_tokens(1)
+    cache = model(tokens[:, :50], use_cache=True).past_key_values
+    held = [layer.states["history_of_buckets"] for layer in cache.layers]
+    model(tokens[:, 50:51], past_key_values=cache)
+    assert all(layer.states["history_of_buckets"] is store for layer, store in zip(cache.layers, held, strict=True))
+    for layer in cache.layers:
+        layer.activate_past_recording()
+    after = [model(tokens[:, n : n + 1], past_key_values=cache).logits for n in range(51, 55)]
+    cache.crop(-3)
+    again = [model(tokens[:, n : n + 1], past_key_values=cache).logits for n in range(52, 55)]
+    assert_close(torch.cat(again), torch.cat(after[1:]), **EXACT)
+    assert_close(torch.cat(after, dim=1), model(tokens[:, :55]).logits[:, 51:], **EXACT)

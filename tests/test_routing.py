@@ -42,6 +42,15 @@ def test_the_dropped_are_a_share_of_the_choices():
     assert_close(found.load.sum(1), torch.ones(2))
 
 
+@torch.no_grad()
+def test_experts_that_choose_are_equally_busy_and_pass_tokens_over():
+    fields = {"feed_forward_types": ["gated", "expert_choice"], "num_local_experts": 4, "expert_token_share": 0.1}
+    encoder = Case(hf_arch.find("transformer"), "ForMaskedLM").build(torch.float32, **fields).model
+    found = hf_arch.routing_statistics(encoder(some_tokens(), output_router_logits=True))
+    assert_close(found.load, torch.full((1, 4), 0.25))
+    assert 0.599 < found.dropped < 0.7  # of 140 tokens, 4 x 14 are taken at most
+
+
 def trained(model, callback, folder, **options) -> Trainer:
     rows = [{"input_ids": row, "labels": row} for row in some_tokens(batch=8, length=24)]
     told = {"per_device_train_batch_size": 2, "max_steps": 4, "logging_steps": 2, "report_to": "none", "use_cpu": True}

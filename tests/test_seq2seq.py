@@ -213,7 +213,7 @@ def test_wrong_calls_and_configs_are_explained(tokens):
     ):
         with pytest.raises(ValueError, match=message):
             model(tokens, **told)
-    with pytest.raises(ValueError, match="of an encoder alone"):
+    with pytest.raises(ValueError, match="of one stack alone"):
         CASE.build(is_encoder_decoder=False)
     for fields, message in (
         ({"direction": "prefix"}, "The decoder is causal"),

@@ -63,8 +63,9 @@ def test_a_gpt_neo_that_ours_cannot_be(tmp_path):
 def test_patterns_that_show_all_are_a_dense_transformer():
     fields = {"sliding_window": 70, "stride": 70, "dilated_segments": [70], "dilations": [1], "position_type": "rope"}
     dense, tokens = build("full_attention", "full_attention", **fields), some_tokens()
-    for kind in ("sliding_attention", "sink_attention", *PATTERNS):
-        model = build(kind, kind, **fields)
+    for kind in ("sliding_attention", "sink_attention", "retrieval_attention", *PATTERNS):
+        fields |= {"sliding_window": 6, "retrieval_block_size": 6} if kind == "retrieval_attention" else {}
+        model = build(kind, kind, **fields, retrieved_blocks=12)
         model.load_state_dict(dense.state_dict())
         assert_close(model(tokens).logits, dense(tokens).logits, **EXACT)
 
@@ -163,11 +164,50 @@ def test_a_text_without_end_takes_constant_memory_and_stays_as_probable():
     assert_close(whole[:, 250:300], whole[:, 550:600], atol=1e-3, rtol=1e-3)
 
 
+@torch.no_grad()
+def test_a_memory_of_all_tokens_grows_now_and_then_and_is_kept_by_place():
+    fields = {"position_type": "rope", "retrieval_block_size": 4, "retrieved_blocks": 2}
+    model, tokens = build("retrieval_attention", "retrieval_attention", **fields), some_tokens(2, 64)
+    padded, mask = torch.cat((tokens[:, :5], tokens), dim=1), torch.ones(2, 69, dtype=torch.long)
+    mask[0, 20:25] = mask[1, :5] = 0  # in the middle of one row, before the other
+    padded[0] = torch.cat((tokens[0, :20], tokens[0, :5], tokens[0, 20:]))
+    cache = model(padded[:, :40], attention_mask=mask[:, :40], use_cache=True).past_key_values
+    stores, logits = [], []
+    for n in range(40, 69):
+        step = model(padded[:, n : n + 1], attention_mask=mask[:, : n + 1], past_key_values=cache)
+        stores.append(cache.layers[0].states["text_history_key"])
+        logits.append(step.logits)
+    assert all(store is stores[0] for store in stores)
+    assert_close(torch.cat(logits, dim=1), model(tokens).logits[:, 35:], **EXACT)
+    assert cache.layers[0].states["text_history_count"].tolist() == [64, 64]
+    plain = model(tokens, use_cache=True).past_key_values.layers[0].states
+    held = cache.layers[0].states["text_history_key"]
+    assert_close(held[:, :, :64], plain["text_history_key"][:, :, :64], **EXACT)
+
+
+@torch.no_grad()
+def test_weights_of_retrieved_blocks_are_recorded():
+    fields = {"position_type": "rope", "retrieval_block_size": 4, "retrieved_blocks": 2}
+    model, tokens = build("retrieval_attention", "retrieval_attention", **fields), some_tokens()
+    mask = torch.ones_like(tokens)
+    mask[1, :9] = 0
+    outputs = model(tokens, attention_mask=mask, output_attentions=True)
+    assert_close(outputs.logits[mask > 0], model(tokens, attention_mask=mask).logits[mask > 0], **EXACT)
+    for weights in outputs.attentions:
+        assert_close(weights.sum(-1), torch.ones(2, 4, 70, dtype=torch.float64), **EXACT)
+        assert ((weights[0] > 0).sum(-1) <= 9 + 4 + 2 * 4).all() and not weights[1, :, 9:, :9].any()
+
+
 def test_what_cannot_be():
     for fields, said in (
         ({"stride": 4, "summary_columns": 5}, "summary_columns 5 is not between 1 and stride 4"),
         ({"num_sink_tokens": -1}, "it must not be negative"),
         ({"layer_types": ["sink_attention"] * 2, "sliding_window": 1}, "need a sliding_window of at least 2"),
+        ({"layer_types": ["retrieval_attention"] * 2}, "retrieval_block_size, 64, between 1 and sliding_window, 9"),
+        (
+            {"layer_types": ["retrieval_attention"] * 2, "retrieval_block_size": 4, "retrieved_blocks": 0},
+            "retrieved_blocks, 0, above 0",
+        ),
         ({"sliding_window": None}, "need a positive sliding_window"),
         ({"dilated_segments": [8], "dilations": [1, 2]}, "dilated_segments has 1 entries and dilations 2"),
         ({"dilated_segments": [8, 15], "dilations": [1, 2]}, "15 tokens cannot be taken every 2"),

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_arch import find
 from hf_arch.bench.worker.serve import ON_CPU
 from hf_arch.convert import convert
+from promises import Case
 
 GOLDEN = Path(__file__).parent / "goldens" / "transformer_xl_original.safetensors"
 MODELS = ("segments", "same_length", "pre_norm", "adaptive", "adaptive_even", "projected")
@@ -185,3 +186,34 @@ def test_a_frozen_relative_key_follows_its_adapter(tokens):
             base = model(tokens).logits
         assert (base - adapted).abs().max() > 1e-3
         torch.testing.assert_close(model(tokens).logits, adapted)
+
+
+@torch.no_grad()
+def test_steps_slide_through_a_room_and_can_go_back(tokens):
+    model, cache = transformer_xl(), None
+    places = []
+    for n in range(70):
+        cache = model(tokens[:, n : n + 1], past_key_values=cache, use_cache=True).past_key_values
+        places.append(cache.layers[0].states["memory_key"].untyped_storage().data_ptr())
+        if n == 59:
+            for layer in cache.layers:
+                layer.activate_past_recording()
+    assert len(set(places[1:])) < 15  # states of 35 tokens, with room for 8 more
+    cache.crop(-6)
+    other = tokens.flip(1)[:, :6]
+    logits = [model(other[:, n : n + 1], past_key_values=cache).logits for n in range(6)]
+    whole = model(torch.cat((tokens[:, :64], other), dim=1)).logits[:, 64:]
+    torch.testing.assert_close(torch.cat(logits, dim=1), whole, atol=1e-8, rtol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["transformer_xl", "reformer", "sparse_transformer"])
+def test_steps_go_on_outside_of_inference_mode(name, tokens):
+    fields = {"layer_types": ["retrieval_attention"] * 2, "retrieval_block_size": 4} if "sparse" in name else {}
+    model, cache = Case(find(name), "ForCausalLM").build(**fields), None
+    whole, logits = model(tokens).logits, []
+    for n, mode in enumerate([torch.inference_mode, torch.no_grad, torch.enable_grad, torch.no_grad] * 4):
+        with mode():
+            step = model(tokens[:, n : n + 1], past_key_values=cache, use_cache=True)
+        cache = step.past_key_values
+        logits.append(step.logits.detach())
+    torch.testing.assert_close(torch.cat(logits, dim=1), whole[:, :16], atol=1e-8, rtol=1e-8)

@@ -31,7 +31,7 @@ class Contender:
         return f"{self.row.name}-{self.choice}" if self.choice else self.row.name
 
     def build(self, shape: dict, seed: int = 0) -> nn.Module:
-        fields = shape | self.fields
+        fields = shape | self.row.head_fields.get("ForCausalLM", {}) | self.fields
         if "layer_types" in self.fields:
             fields |= {"layer_types": [self.fields["layer_types"]] * shape["num_hidden_layers"]}
         config = self.row.load("Config")(**fields, bos_token_id=None, eos_token_id=None)

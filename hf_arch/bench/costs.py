@@ -15,9 +15,13 @@ from torch import nn
 from hf_arch.modeling.hierarchical.hat.modeling_hat import ArchHatModel
 from hf_arch.modeling.layers.attention import Attention
 from hf_arch.modeling.layers.feed_forward import MLP
+from hf_arch.modeling.layers.latent_attention import LatentAttention
 from hf_arch.modeling.layers.mixer import Mixer
 from hf_arch.modeling.layers.routed_view import RoutedView
-from hf_arch.modeling.layers.sparse import SparseFeedForward
+from hf_arch.modeling.layers.routers import SoftRouter
+from hf_arch.modeling.layers.sparse import MixtureOfExperts
+from hf_arch.modeling.moe.deepseek.sparse_deepseek import DeepSeekFeedForward
+from hf_arch.modeling.ops.latent_attention import absorbing_is_less_work
 from hf_arch.modeling.skeleton.backbone import Backbone, Layer
 
 CHUNK = 64  # tokens that a linear recurrence takes at once: fewer do not fill a matrix product, more are more work
@@ -103,16 +107,51 @@ def feed_forward(module: MLP, span: Span) -> Cost:
 
 
 @cost.register
-def experts(module: SparseFeedForward, span: Span) -> Cost:
-    """Each token's own experts; of their weights, as many as so few tokens can ask for."""
-    made, router = module.experts, module.router
-    chosen = router.top_k * span.tokens
+def experts(module: MixtureOfExperts, span: Span) -> Cost:
+    """Of weights, those of as many experts as so few tokens can ask for."""
+    made, computed = module.experts, module.evaluations(span.tokens)
     of_one = made.first_proj[0].numel() + made.down_proj[0].numel()
     smooth = 0 if isinstance(made.act_fn, nn.ReLU) else made.down_proj.shape[-1]
-    return cost(router, span) + Cost(
-        operations=2 * of_one * chosen,
-        exponentials=smooth * chosen,
-        numbers=of_one * min(chosen, made.num_experts),
+    return cost(module.router, span) + Cost(
+        operations=2 * of_one * computed,
+        exponentials=smooth * computed,
+        numbers=of_one * min(computed, made.num_experts),
+    )
+
+
+@cost.register
+def soft_routes(module: SoftRouter, span: Span) -> Cost:
+    """Likenesses of tokens and slots, and the means that both are given of each other."""
+    return Cost(
+        operations=3 * 2 * module.phi.numel() * span.tokens,
+        exponentials=2 * len(module.phi) * span.tokens,
+        numbers=module.phi.numel(),
+    )
+
+
+@cost.register
+def experts_and_shared(module: DeepSeekFeedForward, span: Span) -> Cost:
+    shared = module.shared_experts
+    return experts(module, span) + (Cost() if shared is None else cost(shared, span))
+
+
+@cost.register
+def latent_attention(module: LatentAttention, span: Span) -> Cost:
+    """Queries and what is made of the tokens; where few ask, scores of latents, else keys and values of all tokens."""
+    pairs, keys = visible_pairs(span), span.before + span.tokens
+    heads, rank = module.o_proj.in_features // module.dim, module.expansion.rank
+    widths, expanded = 2 * rank + module.rope, span
+    if not absorbing_is_less_work(span.tokens, keys, module.nope, module.dim):
+        widths, expanded = module.nope + module.rope + module.dim, Span(keys)
+    made = sum((cost(part, span) for part in (module.query, module.kv_a_proj, module.o_proj)), Cost())
+    return (
+        made
+        + cost(module.expansion, expanded)
+        + Cost(
+            operations=2 * pairs * heads * widths,
+            exponentials=pairs * heads,
+            numbers=keys * (rank + module.rope),
+        )
     )
 
 

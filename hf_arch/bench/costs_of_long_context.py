@@ -9,6 +9,7 @@ from hf_arch.modeling.layers.pattern_attention import (
     PatternAttention,
     StridedAttention,
 )
+from hf_arch.modeling.layers.retrieval_attention import RetrievalAttention
 from hf_arch.modeling.long_context.bigbird.modeling_bigbird import BlockSparseAttention
 from hf_arch.modeling.long_context.compressive_transformer.modeling_compressive_transformer import CompressiveRecurrence
 from hf_arch.modeling.long_context.longformer.modeling_longformer import WindowAttention
@@ -67,6 +68,20 @@ def pattern(module: PatternAttention, span: Span) -> Cost:
         operations=4 * pairs * module.q_proj.out_features,
         exponentials=pairs * heads,
         numbers=read * (module.k_proj.out_features + module.v_proj.out_features),
+    )
+
+
+@cost.register
+def retrieval(module: RetrievalAttention, span: Span) -> Cost:
+    """Of each block that is over, a query reads two numbers in every channel, to choose the few whose keys it reads."""
+    rule, size = module.rule, module.q_proj.out_features
+    place = torch.arange(span.before, span.before + span.tokens)
+    seen = (place + 1).clamp(max=rule.window + rule.sinks + rule.count * rule.block).sum().item()
+    bounds = ((place + 1 - rule.window).clamp(min=0) / rule.block).ceil().sum().item()
+    return projections(module, span) + Cost(
+        operations=4 * (seen + bounds) * size,
+        exponentials=seen * (size // module.head_dim),
+        numbers=2 * (seen + bounds if span.tokens == 1 else span.before + span.tokens) * module.k_proj.out_features,
     )
 
 

@@ -40,10 +40,14 @@ REFORMER |= {"hidden_dropout_prob": 0.0, "local_attention_probs_dropout_prob": 0
 # Its default, and the loop over experts; its batched products copy the weights of an expert for each token that takes
 # it, which is bearable for few tokens
 EXPERTS = {name: {"fields": {"experts_implementation": name}} for name in ("grouped_mm", "eager", "batched_mm")}
+DEEPSEEK = {"config": "DeepseekV3Config", "model": "DeepseekV3ForCausalLM"}
 LONGFORMER = {"config": "LongformerConfig", "model": "LongformerForMaskedLM", "padding_rows": 2}
 GPT_NEO = {"config": "GPTNeoConfig", "model": "GPTNeoForCausalLM"}
 BIGBIRD = {"config": "BigBirdConfig", "model": "BigBirdForMaskedLM"}
 T5 = {"config": "T5Config", "model": "T5EncoderModel", "fields": {"feed_forward_proj": "gated-gelu"}}
+# Every other layer sparse, as in ours; without dropout, and with room for all
+SWITCH = {"num_sparse_encoder_layers": 2, "dropout_rate": 0.0, "expert_capacity": 2**20}
+SWITCH = {"config": "SwitchTransformersConfig", "model": "SwitchTransformersEncoderModel", "fields": SWITCH}
 
 PEERS = (
     Peer("llama", "transformer", "hugging_face:Transformers", LLAMA),
@@ -58,6 +62,7 @@ PEERS = (
         MIXTRAL | EXPERTS["batched_mm"],
         measures=DECODE,
     ),
+    Peer("deepseek_v3", "deepseek", "hugging_face:DeepSeek", DEEPSEEK),
     Peer(
         "dense_transformer",  # ours, of the same sizes
         "mixture_of_depths",
@@ -108,6 +113,7 @@ PEERS = (
     Peer("gpt_neo", "sparse_transformer", "hugging_face:GPTNeo", GPT_NEO, measures=FORWARD),  # no cache of its windows
     Peer("big_bird", "bigbird", "hugging_face:Transformers", BIGBIRD, measures=FORWARD),
     Peer("t5_encoder", "encoder_decoder", "hugging_face:T5Encoder", T5, measures=FORWARD),
+    Peer("switch_encoder", "switch", "hugging_face:T5Encoder", SWITCH, measures=FORWARD),
     Peer("mamba", "s6", "hugging_face:Mamba", MAMBA, measures=("forward", *DECODE)),  # its backward is quadratic
     Peer(
         "mambapy",

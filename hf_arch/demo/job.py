@@ -68,6 +68,7 @@ class Job:
             bos_token_id=end,
             eos_token_id=end,
             pad_token_id=self.tokenizer.pad_token_id,
+            **self.row.head_fields.get("ForCausalLM", {}),
         )
         torch.manual_seed(0)
         return self.row.load("ForCausalLM")(config)

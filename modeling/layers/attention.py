@@ -26,7 +26,7 @@ class Attention(Mixer):
         self.num_key_value_groups = config.num_attention_heads // num_key_value_heads
         self.scaling = getattr(config, "attention_scaling", None) or self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
-        sliding = config.layer_types[layer_idx].endswith("sliding_attention")
+        sliding = config.layer_types[layer_idx] == "sliding_attention"
         self.sliding_window = config.sliding_window if sliding else None
         sizes = {"q_proj": config.num_attention_heads, "k_proj": num_key_value_heads, "v_proj": num_key_value_heads}
         for name, heads in sizes.items():

@@ -61,16 +61,16 @@ def diagonal_pieces(bias, query: torch.Tensor, key: torch.Tensor, attention_mask
     table = table.contiguous()  # torch's fused attention copies all pairs where neighbours are not side by side
     if attention_mask is None and bias.causal:
         table = table.masked_fill(distance > 0, torch.finfo(table.dtype).min)
-    pairs = table.unfold(-1, keys, 1)[None]
     if attention_mask is not None or table.requires_grad:
         block = max(1, BIAS_ROOM // (len(query) * query.shape[1] * keys))
     else:
         block = QUERY_BLOCK if bias.causal else queries
     for start in range(0, queries, block):
-        rows, seen = slice(start, start + block), slice(None)
-        if attention_mask is None and bias.causal:
-            seen = slice(0, keys - start)
-        mask = pairs[:, :, rows, seen]
+        stop = min(start + block, queries)
+        shown_keys = keys - start if attention_mask is None and bias.causal else keys
+        rows, seen = slice(start, stop), slice(0, shown_keys)
+        # A view of what the block needs alone: backward fills as much as the view was taken of
+        mask = table[:, start : stop + shown_keys - 1].unfold(-1, shown_keys, 1)[None]
         if attention_mask is not None:
             shown = attention_mask[:, :, max(0, queries - start - block) : queries - start].flip(2)
             mask = biased_mask(mask, shown)

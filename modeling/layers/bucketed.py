@@ -20,7 +20,10 @@ def attend_in_buckets(
     the memory should write, {} where there is none."""
     names = f"{name}_of_buckets", f"{name}_count"
     state = None if memory is None or memory.read(names[0]) is None else tuple(map(memory.read, names))
-    form = recurrent_bucketed_attention if state is not None and query.shape[1] == 1 else bucketed_attention
-    told = {"initial_state": state, "output_final_state": memory is not None}
-    output, state = form(query, key, value, buckets, **told, **options)
+    options |= {"initial_state": state, "output_final_state": memory is not None}
+    if state is None or query.shape[1] > 1:
+        output, state = bucketed_attention(query, key, value, buckets, **options)
+    else:
+        options["in_place"] = memory.writable(state[0])
+        output, state = recurrent_bucketed_attention(query, key, value, buckets, **options)
     return output, {} if memory is None else dict(zip(names, state, strict=True))

@@ -19,8 +19,8 @@ from transformers.cache_utils import (
 class RecurrentCacheLayer(CacheLayerMixin):
     """Named tensors of fixed size, batch first, and the number of tokens they sum up.
 
-    A state of zeros is that of a row which has read nothing. Tensors are replaced, never written to, so that those of
-    an earlier moment can be kept at no cost.
+    A state of zeros is that of a row which has read nothing. Tensors are replaced, so that those of an earlier moment
+    can be kept at no cost; a step that changes a small part of a large one may write into it where it is `writable`.
     """
 
     supports_early_init = False
@@ -32,6 +32,7 @@ class RecurrentCacheLayer(CacheLayerMixin):
         self.cumulative_length: int | torch.Tensor = 0
         self.record_past = False
         self.past: list[tuple[int, dict[str, torch.Tensor]]] = []  # length and states before each call
+        self.rooms: dict[str, torch.Tensor] = {}  # what `follow` made: states are parts of it
 
     def write(self, new_tokens: int, **states: torch.Tensor) -> None:
         """The states after `new_tokens` more: the mixer of a layer writes all of its own at once, for each call of the
@@ -44,6 +45,27 @@ class RecurrentCacheLayer(CacheLayerMixin):
 
     def read(self, name: str) -> torch.Tensor | None:
         return self.states.get(name) if self.is_initialized else None
+
+    def writable(self, state: torch.Tensor, appended: bool = False) -> bool:
+        """Whether a step may write into a state that it has read: no one keeps what it was, no gradient needs it. What
+        is `appended`, where an earlier moment reads nothing, does not trouble who keeps it."""
+        if self.record_past and not appended or torch.is_grad_enabled():
+            return False
+        return torch.compiler.is_compiling() or not state.is_inference() or torch.is_inference_mode_enabled()
+
+    def follow(self, name: str, after: torch.Tensor) -> torch.Tensor:
+        """What the state `name` [batch, held, ...] holds, and `after` [batch, new, ...] behind it. They are put into a
+        room with space for more, in which the state of the next call begins later: only now and then is it copied."""
+        held, new = self.states[name], after.shape[1]
+        if torch.compiler.is_compiling() or not self.writable(held, appended=True):
+            return torch.cat((held.to(after.dtype), after), dim=1)
+        room, size = self.rooms.get(name), held.shape[1]
+        end = None if room is None else place_in(room, held) + size
+        if end is None or end < size or end + new > room.shape[1] or room.dtype != after.dtype:
+            room = self.rooms[name] = after.new_empty(len(held), size + new + size // 4, *held.shape[2:])
+            room[:, :size], end = held, size
+        room[:, end : end + new] = after
+        return room[:, end - size : end + new]
 
     @property
     def batch_size(self) -> int:
@@ -62,6 +84,7 @@ class RecurrentCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.states, self.cumulative_length, self.is_initialized = {}, 0, False
         self.past.clear()
+        self.rooms.clear()
 
     def change(self, each) -> None:
         self.past.clear()
@@ -110,6 +133,14 @@ class RecurrentCacheLayer(CacheLayerMixin):
     prefetch = offload
 
 
+def place_in(room: torch.Tensor, held: torch.Tensor) -> int:
+    """Where along the second dimension of `room` the tensor `held`, a part of it, begins; far below 0 if it is none."""
+    within = held.untyped_storage().data_ptr() == room.untyped_storage().data_ptr() and held.dtype == room.dtype
+    if not within or len(held) != len(room) or held.stride() != room.stride():
+        return -room.shape[1] - held.shape[1]
+    return held.storage_offset() // room.stride(1)
+
+
 class StaticRecurrentCacheLayer(RecurrentCacheLayer):
     """The same at fixed addresses, written in place: for compiled decoding and CUDA graphs."""
 
@@ -131,6 +162,9 @@ class StaticRecurrentCacheLayer(RecurrentCacheLayer):
             self.is_initialized = True
         self.cumulative_length.add_(new_tokens)
 
+    def follow(self, name: str, after: torch.Tensor) -> torch.Tensor:
+        return torch.cat((self.states[name].to(after.dtype), after), dim=1)
+
     def at_fixed_address(self, tensor: torch.Tensor) -> torch.Tensor:
         if not torch.compiler.is_compiling():
             torch._dynamo.mark_static_address(tensor)
@@ -148,8 +182,8 @@ class StaticRecurrentCacheLayer(RecurrentCacheLayer):
 
 
 class HistoryCacheLayer(RecurrentCacheLayer):
-    """The same with states that grow: those called history hold all tokens of the text, [batch, channels, tokens], the
-    newest first, zero where there are fewer."""
+    """The same with states that grow: those whose names begin with history hold all tokens of the text, [batch,
+    channels, tokens], the newest first, zero where there are fewer."""
 
     def room(self, new_tokens: int) -> int:
         """For how many tokens in all there must be room now."""
@@ -186,6 +220,7 @@ RECURRENT = (
     "modal_hyena",
     "patch_attention",
     "retention",
+    "retrieval_attention",
     "routing",
     "rwkv4",
     "rwkv7",
@@ -201,7 +236,8 @@ STATIC_LAYER_TYPE_MAPPING |= dict.fromkeys(RECURRENT, StaticRecurrentCacheLayer)
 # A block at random may be any of the earlier ones: all keys and values are kept
 DYNAMIC_LAYER_TYPE_MAPPING["causal_block_sparse_attention"] = DynamicLayer
 STATIC_LAYER_TYPE_MAPPING["causal_block_sparse_attention"] = StaticLayer
-DYNAMIC_LAYER_TYPE_MAPPING["hyena"], STATIC_LAYER_TYPE_MAPPING["hyena"] = HistoryCacheLayer, StaticHistoryCacheLayer
+DYNAMIC_LAYER_TYPE_MAPPING |= dict.fromkeys(("hyena", "retrieval_attention"), HistoryCacheLayer)
+STATIC_LAYER_TYPE_MAPPING |= dict.fromkeys(("hyena", "retrieval_attention"), StaticHistoryCacheLayer)
 
 # Attention by patterns that reach back without end, or of layers that tokens leave, keeps all keys and values
 PATTERNS = ("dilated_attention", "early_exit_attention", "fixed_attention", "strided_attention")
@@ -213,8 +249,8 @@ class GrowingCacheLayer(DynamicLayer):
     """Keys and values, [batch, heads, length, dim], at the front of a store with room for more: a step writes its own
     token and copies the others only when the room is used up."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
         self.stores: tuple[torch.Tensor, torch.Tensor] | None = None
         self.front: torch.Tensor | None = None  # the keys as this class left them; others may have replaced them since
 
@@ -253,3 +289,17 @@ def growing(cache: Cache) -> Cache:
     fresh = (type(layer) is DynamicLayer and not layer.is_initialized for layer in cache.layers)
     cache.layers = [GrowingCacheLayer() if new else layer for layer, new in zip(cache.layers, fresh, strict=True)]
     return cache
+
+
+class LatentCacheLayer(GrowingCacheLayer):
+    """A latent and a rotated key of each token, [batch, 1, length, dim], in the place of key and value."""
+
+
+class StaticLatentCacheLayer(StaticLayer):
+    """The same at fixed addresses. A config does not tell these sizes by the names of other attention."""
+
+    supports_early_init = False
+
+
+DYNAMIC_LAYER_TYPE_MAPPING["latent_attention"] = LatentCacheLayer
+STATIC_LAYER_TYPE_MAPPING["latent_attention"] = StaticLatentCacheLayer

@@ -79,6 +79,6 @@ class FirstKeys(RememberedKeys):
 
 
 # Layers that see some of the tokens, or each row at a place of its own
-RAGGED = ("routed_attention", "ragged_attention", "ragged_sliding_attention")
+RAGGED = ("routed_attention", "ragged_attention")
 DYNAMIC_LAYER_TYPE_MAPPING |= dict.fromkeys(RAGGED, ChosenCacheLayer)
 STATIC_LAYER_TYPE_MAPPING |= dict.fromkeys(RAGGED, StaticChosenCacheLayer)

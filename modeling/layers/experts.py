@@ -96,21 +96,26 @@ def sorted_experts_forward(
     known_to_kernel = tokens.device.type != "cpu" and tokens.dtype != torch.float64
     if known_to_kernel or torch.compiler.is_compiling():
         return grouped_mm_experts_forward(self, tokens, index, weight)
-    choices = index.flatten()
-    order = choices.argsort()
+    choices, learning = index.flatten(), torch.is_grad_enabled()
     counts = choices.bincount(minlength=self.num_experts).tolist()[: self.num_experts]
-    ends = torch.tensor(counts).cumsum(0).tolist()
-    weights = tuple(zip(self.first_proj.unbind(), self.down_proj.unbind(), strict=True))
-    token, weight = order // index.shape[1], weight.flatten()[order]
-    output = torch.zeros_like(tokens)
     # One expert at least, though none be chosen: its weights then get a gradient, of zeros
-    for expert in [expert for expert, count in enumerate(counts) if count] or [0]:
-        first_proj, down_proj = weights[expert]
-        part = slice(ends[expert] - counts[expert], ends[expert])
-        inner = self._apply_gate(F.linear(tokens[token[part]], first_proj))
-        answer = F.linear(inner, down_proj)
-        answer = answer.mul_(weight[part, None].to(answer.dtype))  # in place: memory traffic is what can be saved here
-        output = output.index_add_(0, token[part], answer.to(output.dtype))
+    busy = [expert for expert, count in enumerate(counts) if count] or [0]
+    sizes, order = [counts[expert] for expert in busy], choices.argsort()[: sum(counts)]
+    token = order // index.shape[1]
+    # The backward of one gather is one pass over the tokens; without it a part is gathered when it is needed, and stays
+    # in the cache of the processor
+    given = tokens.index_select(0, token).split(sizes) if learning else None
+    shares = weight.flatten().index_select(0, order)[:, None].split(sizes)
+    first_projs, down_projs = self.first_proj, self.down_proj
+    if learning:  # one backward for all experts; without one only those that are chosen are looked at
+        first_projs, down_projs = first_projs.unbind(), down_projs.unbind()
+    output = torch.zeros_like(tokens)
+    for place, (expert, part, share) in enumerate(zip(busy, token.split(sizes), shares, strict=True)):
+        rows = given[place] if learning else tokens.index_select(0, part)
+        answer = F.linear(self._apply_gate(F.linear(rows, first_projs[expert])), down_projs[expert])
+        share = share.to(answer.dtype)
+        answer = answer * share if learning else answer.mul_(share)  # memory traffic is what can be saved here
+        output = output.index_add_(0, part, answer.to(output.dtype))
     return output
 
 

@@ -7,12 +7,13 @@ INSIDE_AT_ONCE = {True: 2**22, False: 2**19}
 
 
 class MLP(nn.Module):
-    """down(act(up(x)))."""
+    """down(act(up(x))), by default `config.intermediate_size` wide inside."""
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config, layer_idx: int, inner_size: int | None = None):
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        inner_size = inner_size or config.intermediate_size
+        self.up_proj = nn.Linear(config.hidden_size, inner_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(inner_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -33,9 +34,9 @@ class ChunkedMLP(MLP):
 class GatedMLP(MLP):
     """down(act(gate(x)) * up(x)): GLU, GeGLU and SwiGLU, by the activation (Shazeer, 2020, arXiv:2002.05202)."""
 
-    def __init__(self, config, layer_idx: int):
-        super().__init__(config, layer_idx)
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+    def __init__(self, config, layer_idx: int, inner_size: int | None = None):
+        super().__init__(config, layer_idx, inner_size)
+        self.gate_proj = nn.Linear(config.hidden_size, self.up_proj.out_features, bias=config.mlp_bias)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         gate, up = self.act_fn(self.gate_proj(hidden_states)), self.up_proj(hidden_states)

@@ -120,16 +120,14 @@ class LevelCache:
     def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.keys(self.held[layer_idx], count=self.count.clone()).update(key, value)
 
-    def visible(self, layer_idx: int, window: int | None = None) -> torch.Tensor | None:
-        """[rows, 1, items, keys], which of the keys that `update` gives an item sees: those up to itself, or the last
-        `window` of them. None where it is all."""
+    def visible(self, layer_idx: int) -> torch.Tensor | None:
+        """[rows, 1, items, keys], which of the keys that `update` gives an item sees: those up to itself. None where it
+        is all."""
         place, rows = self.level.place, self.level.batch_row
         if self.shown is None:
             keys = self.held[layer_idx].max_cache_len + 1
-        elif place.shape[1] == 1 and int(self.count[rows].min()) == self.shown and (window or self.shown) >= self.shown:
+        elif place.shape[1] == 1 and int(self.count[rows].min()) == self.shown:
             return None
         else:
             keys = self.shown
-        key = torch.arange(keys, device=place.device)
-        seen = key <= place[..., None]
-        return (seen if window is None else seen & (key > place[..., None] - window))[:, None]
+        return (torch.arange(keys, device=place.device) <= place[..., None])[:, None]

@@ -16,17 +16,24 @@ from .view import View
 
 
 class Predictor(nn.Module):
-    """w2 act(w1 x + b1) + b2: the logit of whether a token is among those that the router chooses of the whole text."""
+    """w2 act(w1 x / |x|) + b, |x| the root of the mean of squares: the logit of whether a token is among those that the
+    router chooses of the whole text. However small the stream begins, it learns as fast as what it has to follow."""
 
     def __init__(self, config):
         super().__init__()
         size = config.predictor_size or max(1, config.hidden_size // 4)
-        self.in_proj, self.out_proj = nn.Linear(config.hidden_size, size), nn.Linear(size, 1)
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.in_proj, self.out_proj = nn.Linear(config.hidden_size, size, bias=False), nn.Linear(size, 1)
+        self.act_fn, self.eps = ACT2FN[config.hidden_act], config.norm_eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., size] -> [..., 1]"""
-        return self.out_proj(self.act_fn(self.in_proj(hidden_states)))
+        length = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=wide(hidden_states))
+        scale = torch.rsqrt(length.square() / hidden_states.shape[-1] + self.eps)
+        return self.out_proj(self.act_fn(self.in_proj(hidden_states) * scale.to(hidden_states.dtype)))
+
+
+def wide(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 class RoutedView(View):
@@ -85,11 +92,14 @@ class RoutedView(View):
         if side_loss is None:  # a zero all the same, since DistributedDataParallel waits for every gradient
             return self.predictor(stream[:, :0].detach()).sum()
         scores = self.predictor(stream.detach()).squeeze(-1)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        scores = scores.to(wide(scores))
         loss = F.binary_cross_entropy_with_logits(scores, chosen.to(scores.dtype), reduction="none")
-        count = chosen.new_full((), chosen.numel(), dtype=torch.long)
-        if documents is not None:
-            loss, count = loss * (documents > 0), (documents > 0).sum()
+        documents = torch.ones_like(chosen, dtype=torch.long) if documents is None else documents
+        each = (documents > 0).to(loss.dtype)
+        if side_loss.by_document:
+            lengths = torch.zeros_like(documents).scatter_add(1, documents, torch.ones_like(documents))
+            each = each / lengths.gather(1, documents)
+        loss, count = loss * each, each.sum()
         return side_loss.attach(layer_idx, loss.sum(), count)
 
     def work_on(self, rows: ChosenRows, stream, inside, weight, memory: ChosenCacheLayer | None, context: dict):

@@ -9,6 +9,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from ..layers.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
+from ..layers.cache import RecurrentCacheLayer
 from ..layers.derived import Derived
 from ..layers.mixer import Mixer
 from ..layers.positions import NoPositions
@@ -91,6 +92,7 @@ class Reading(NamedTuple):
     biases: QueryBiases | SharedBiases
     told: dict  # documents, initial_state, output_final_state: as ops know them
     layer_idx: int
+    memory: RecurrentCacheLayer | None
 
     @property
     def length(self) -> int:
@@ -128,7 +130,7 @@ class SegmentRecurrence(Mixer):
         memory = self.memory(past_key_values, layer_idx)
         state = None if memory is None else self.recall(memory)
         told = {"documents": attention_mask, "initial_state": state, "output_final_state": memory is not None}
-        read = Reading(hidden_states, self.biases or position_embeddings, told, layer_idx)
+        read = Reading(hidden_states, self.biases or position_embeddings, told, layer_idx, memory)
         output, state = self.attend(read, **kwargs)
         if memory is not None:
             memory.write(hidden_states.shape[1], **{f"memory_{name}": x for name, x in state._asdict().items()})
@@ -141,7 +143,12 @@ class SegmentRecurrence(Mixer):
         self, read: Reading, query, key, value, still, zero=0.0, **told
     ) -> tuple[torch.Tensor, SegmentState | None]:
         """`zero`: a number that takes part for the sake of its gradient."""
-        attend = dense_segment_attention if read.length == 1 else block_segment_attention
+        attend = block_segment_attention
+        if read.length == 1:
+            attend = dense_segment_attention
+            if read.told["initial_state"] is not None:
+                pair = ("memory_key", key), ("memory_value", value)
+                told["live"] = tuple(read.memory.follow(*each) for each in pair)
         return attend(
             query + (read.biases.content_bias + zero),
             query + read.biases.distance_bias,

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from transformers.utils.import_utils import is_tracing
 
 from .arrangement import HIDDEN, ITSELF, Windows, arrangement_by, attend_to_windows, join_rounds, least_of, weights_of
 from .documents import document_runs
@@ -44,41 +45,52 @@ def recurrent_bucketed_attention(
     documents=None,
     initial_state=None,
     output_final_state=False,
+    in_place=False,
 ):
-    """The definition above, one step at a time. The reference for tests, and the decoding step."""
+    """The definition above, one step at a time. The reference for tests, and the decoding step, which reads and writes
+    one bucket: with `in_place` in the store of the initial state, which is the final one, too."""
     if initial_state is None:
         initial_state = empty_state(key, value, buckets, num_buckets, block)
     store, count = initial_state
+    store = store if in_place else store.clone()
     if documents is not None:
         real, document = document_runs(documents, query)
         starts = document.diff(dim=1, prepend=torch.ones_like(document[:, :1])) != 0
     place = torch.arange(2 * block, device=query.device)
+    row, head, turn = (torch.arange(n, device=query.device) for n in store.shape[:3])
+    row, head = row[:, None, None], head[:, None]
+    line = (row * len(head) + head) * len(turn) + turn
     tokens, outputs = torch.cat((key, value), dim=-1).to(store.dtype), []
     for t in range(query.shape[1]):
-        if documents is not None:
-            store, count = (x.masked_fill(starts[:, t].view(-1, *(1,) * (x.ndim - 1)), 0) for x in (store, count))
+        if documents is not None and (is_tracing(starts) or starts[:, t].any()):
+            count = count.masked_fill(starts[:, t].view(-1, 1, 1, 1), 0)
+            store.masked_fill_(starts[:, t].view(-1, 1, 1, 1, 1, 1), 0)
         bucket = buckets[:, t, :, :, None]
         rank = count.gather(-1, bucket)
         age = (rank - place) % (2 * block)  # of what is in each place of the bucket, 0 for the token itself
-        where = bucket[..., None, None].expand(-1, store.shape[1], -1, -1, *store.shape[-2:])
-        held = torch.where((age == 0)[..., None], tokens[:, t, :, None, None], store.gather(3, where)[:, :, :, 0])
-        keys, values = held.split((key.shape[-1], value.shape[-1]), dim=-1)
-        scores = (keys @ query[:, t, :, None, :, None].to(keys.dtype)).squeeze(-1)
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        scores = scores.masked_fill(age > reach_of(rank, block), HIDDEN)
-        if not sees_itself:
-            scores = scores + ITSELF * (age == 0)
-        weights = F.dropout(scores.flatten(2).softmax(-1), dropout).view(scores.shape).to(values.dtype)
-        outputs.append((weights[..., None, :] @ values).sum(2).squeeze(2))
-        after, counted = store.scatter(3, where, held[:, :, :, None]), count.scatter_add(-1, bucket, rank * 0 + 1)
+        token, counted = tokens[:, t, :, None], rank * 0 + 1
+        own = row, head, turn, bucket[..., 0], rank[..., 0] % (2 * block)
         if documents is not None:
-            store, count = (
-                torch.where(real[:, t].view(-1, *(1,) * (new.ndim - 1)), new, old)
-                for new, old in ((after, store), (counted, count))
-            )
-        else:
-            store, count = after, counted
+            token = torch.where(real[:, t, None, None, None], token, store[own])
+            counted = counted * real[:, t, None, None, None]
+        store.index_put_(own, token.expand(*store.shape[:3], -1))
+        count = count.scatter_add(-1, bucket, counted)
+        numbers = bucket[..., 0] + num_buckets * line
+        held = store.flatten(0, 3).index_select(0, numbers.flatten()).unflatten(0, numbers.shape)
+        hidden, itself = age > reach_of(rank, block), None if sees_itself else age == 0
+        outputs.append(attend_to_bucket(query[:, t], held, hidden, itself, dropout))
     return torch.stack(outputs, dim=1).to(value.dtype), (store, count) if output_final_state else None
+
+
+def attend_to_bucket(query, held, hidden, itself: torch.Tensor | None, dropout: float) -> torch.Tensor:
+    """What queries [batch, heads, dim] answer, [batch, heads, value_dim], to what is `held` in their buckets."""
+    keys, values = held.tensor_split((query.shape[-1],), dim=-1)
+    scores = (keys @ query[:, :, None, :, None].to(keys.dtype)).squeeze(-1)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(hidden, HIDDEN)
+    if itself is not None:
+        scores = scores + ITSELF * itself
+    weights = F.dropout(scores.flatten(2).softmax(-1), dropout).view(scores.shape).to(values.dtype)
+    return (weights[..., None, :] @ values).sum(2).squeeze(2)
 
 
 def empty_state(key, value, buckets, num_buckets: int, block: int) -> State:

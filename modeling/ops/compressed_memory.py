@@ -83,11 +83,9 @@ def keep_slots(slots: Slots, rows: SegmentRows, held: Projected | None) -> Proje
     return tuple(rows.keep(x, before) for x, before in zip(kept, held or (None, None), strict=True))
 
 
-def keep_slots_of_step(
-    new: Projected, held: Projected, read: torch.Tensor, real: torch.Tensor, rate: Rate
-) -> Projected:
-    """The same after one token, with which a state has `read` [batch] ones, where it is `real` [batch]: what is `new`
-    [batch, slots of a unit, heads, dim] counts where it ends a unit."""
-    done = (real & (read % rate.unit == 0))[:, None, None, None]
+def keep_slots_of_step(new: Projected, held: Projected, ends: torch.Tensor) -> Projected:
+    """The same after one token: what is `new` [batch, slots of a unit, heads, dim] counts where it `ends` [batch] a
+    unit."""
+    done = ends[:, None, None, None]
     kept = (torch.cat((x.to(made.dtype), made), dim=1)[:, made.shape[1] :] for x, made in zip(held, new, strict=True))
     return tuple(torch.where(done, after, x.to(after.dtype)) for after, x in zip(kept, held, strict=True))

@@ -187,7 +187,7 @@ def seen_to(columns, sums, place) -> list[torch.Tensor]:
 def direct_size(log_decay: torch.Tensor, size: int) -> int:
     """How many steps may be measured from one place: all of a chunk where memory fades as slowly as in RWKV-7, and none
     where tracing does not tell."""
-    if is_tracing(log_decay):
+    if is_tracing(log_decay) or log_decay.is_meta:
         return 0
     steepest = -float(log_decay.detach().amin())
     while size * steepest > RANGE:

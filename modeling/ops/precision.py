@@ -8,4 +8,5 @@ import torch
 def without_autocast(like: torch.Tensor) -> AbstractContextManager:
     """Switches autocast off where `like` is. Nothing is done where it is off: a step in decoding does little else."""
     device = like.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    known = device != "meta"  # where nothing is computed
+    return torch.autocast(device, enabled=False) if known and torch.is_autocast_enabled(device) else nullcontext()

@@ -26,7 +26,6 @@ from .segment_rows import (
     SegmentState,
     Window,
     find_rows,
-    follow,
     joined,
     next_state,
     places,
@@ -51,33 +50,41 @@ def dense_segment_attention(
     initial_state: SegmentState | None = None,
     output_final_state: bool = False,
     dropout: float = 0.0,
+    live: Projected | None = None,
 ):
-    """The definition above, all pairs at once. The reference for tests, for a step, and for less than a segment."""
+    """The definition above, all pairs at once. The reference for tests, for a step, and for less than a segment.
+
+    `live`: what the state holds with keys and values behind it, where the caller has put them together."""
     number, place = places(documents, content, initial_state)
     key_number, key_place = with_held(number, place, None if initial_state is None else initial_state.read, window)
     visible = (key_number[:, None] == number[:, :, None]) & window.shows(place[:, :, None], key_place[:, None])
     away = place[:, :, None] - key_place[:, None]
     segment, key_segment = (x.div(window.segment, rounding_mode="floor") for x in (place, key_place))
     now = segment[:, :, None] == key_segment[:, None]
-    live = joined(initial_state, (key, value))
+    live = joined(initial_state, (key, value)) if live is None else live
     state = next_state(live, window, documents, initial_state) if output_final_state else None
     before = live if still is None else joined(initial_state, still)
     if slots is not None:
+        older = slots.pair
         seen, far = slots.seen_from(place, number == 1, window)
         visible, away = torch.cat((seen, visible), dim=-1), torch.cat((far, away), dim=-1)
-        now = F.pad(now, (seen.shape[-1], 0))
-        live, before = (tuple(map(follow, slots.pair, pair)) for pair in (live, before))
-    scale, now, keys = content.shape[-1] ** -0.5, now[:, None], live[0].shape[1]
+    scale, now = content.shape[-1] ** -0.5, now[:, None]
     scores = torch.einsum("bqhd,bkhd->bhqk", content * scale, live[0])
     if still is not None:
         scores = torch.where(now, scores, torch.einsum("bqhd,bkhd->bhqk", content * scale, before[0]))
-    by_distance = torch.einsum("bqhd,rhd->bhqr", distance * scale, relative[:keys])
+    if slots is not None:
+        scores = torch.cat((torch.einsum("bqhd,bkhd->bhqk", content * scale, older[0]), scores), dim=-1)
+    by_distance = torch.einsum("bqhd,rhd->bhqr", distance * scale, relative[: scores.shape[-1]])
     away = away.clamp(0, by_distance.shape[-1] - 1)[:, None].expand_as(scores)
     scores = (scores + by_distance.gather(-1, away)).masked_fill(~visible[:, None], torch.finfo(scores.dtype).min)
     weights = F.dropout(wide_softmax(scores).to(live[1].dtype), dropout, dropout > 0)
+    output = 0.0
+    if slots is not None:
+        of_slots, weights = weights.split((older[1].shape[1], live[1].shape[1]), dim=-1)
+        output = torch.einsum("bhqk,bkhd->bqhd", of_slots, older[1])
     if still is None:
-        return torch.einsum("bhqk,bkhd->bqhd", weights, live[1]), state
-    output = torch.einsum("bhqk,bkhd->bqhd", weights * now, live[1])
+        return output + torch.einsum("bhqk,bkhd->bqhd", weights, live[1]), state
+    output = output + torch.einsum("bhqk,bkhd->bqhd", weights * now, live[1])
     return output + torch.einsum("bhqk,bkhd->bqhd", weights * ~now, before[1]), state
 
 
@@ -121,8 +128,8 @@ def attend_blocks(content, distance, own: Projected, before: list[Memory], relat
     rows, length, heads, dim = content.shape
     segment, span = window.segment, len(relative)
     # Distances from the largest down to 0, and to -1, which is never seen
-    relative = F.pad(relative.flip(0), (0, 0, 0, 0, 0, 1)).permute(1, 2, 0)
-    content, distance = (in_segments(x * dim**-0.5, segment) for x in (content, distance))
+    relative = F.pad(relative.flip(0), (0, 0, 0, 0, 0, 1)).permute(1, 2, 0) * dim**-0.5
+    content, distance = (in_segments(x, segment) for x in (content, distance))
     pairs = [memory.blocks(length // segment) for memory in before]
     keys, values = zip(*pairs, tuple(in_segments(x, segment) for x in own), strict=True)
     count = max(1, ROOM // max(1, rows * heads * min(segment, QUERIES) * span))
@@ -161,13 +168,14 @@ def attend(content, distance, key, value, relative, hidden: Callable, dropout: f
     by_distance = by_distance.view(many[0], -1, queries * (keys + 1))[..., queries - 1 : -1]
     scores = by_distance.unflatten(-1, (queries, keys))
     if scores.requires_grad or dropout:
-        scores = torch.baddbmm(scores.flatten(0, 1), content.flatten(0, 2), key.flatten(0, 1).transpose(-1, -2))
+        tokens = content.flatten(0, 2), key.flatten(0, 1).transpose(-1, -2)
+        scores = torch.baddbmm(scores.flatten(0, 1), *tokens, alpha=dim**-0.5)
         with torch.no_grad():  # the gradient of what is hidden is zero already
             hidden(scores.view(*many, queries, keys))
         weights = F.dropout(wide_softmax(scores).to(value.dtype), dropout, dropout > 0)
         return (weights @ value.flatten(0, 1)).view(*many, queries, dim)
     hidden(scores.unflatten(1, many[1:]))
-    output = F.scaled_dot_product_attention(content.flatten(1, 2), key, value, attn_mask=scores, scale=1.0)
+    output = F.scaled_dot_product_attention(content.flatten(1, 2), key, value, attn_mask=scores)
     return output.unflatten(1, many[1:])
 
 
@@ -175,9 +183,10 @@ def hide(scores: torch.Tensor, window: Window, before: list[Memory], start: int,
     """Overwrite the scores [heads, rows, segments, queries, keys] of what is not visible. `start`: the number of the
     first segment; `begin`: the first query in a segment; `least`: how many of the first keys were left out."""
     *_, segments, queries, keys = scores.shape
-    lowest, ones = torch.finfo(scores.dtype).min, scores.new_ones(queries, queries, dtype=torch.bool)
-    scores[..., keys - queries :].masked_fill_(ones.triu(1), lowest)
+    lowest = torch.finfo(scores.dtype).min
+    scores[..., keys - queries :] += scores.new_full((queries, queries), -torch.inf).triu_(1)
     if window.same_length and least < begin + queries:
+        ones = scores.new_ones(queries, queries, dtype=torch.bool)
         scores[..., :queries].masked_fill_(ones.tril(begin - least - 1), lowest)
     column = 0
     for memory in before:

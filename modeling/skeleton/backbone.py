@@ -223,12 +223,21 @@ class Backbone(ArchPreTrainedModel):
 
     def routing_losses(self, router_logits, router_choices) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss that keeps experts equally busy, of what this stack's routers recorded for real tokens, and what is
-        added to the whole loss: it and the z-loss, times their weights in the config."""
+        added to the whole loss: it and the z-loss, times their weights in the config. Where experts choose, they are
+        equally busy without it."""
         if torch.is_grad_enabled():
             check_checkpointing(self.layers)
         config, real = self.config, [choices[:, 0] >= 0 for choices in router_choices]
-        balance = load_balancing(router_logits, config.num_experts_per_tok, real)
+        types = zip(self.calls, config.feed_forward_types, strict=True)
+        parts = [self.layers[group].feed_forward for (group, _), kind in types if self.records_routes(kind)]
+        told = zip(parts, router_logits, real, strict=True)
+        told = [(logits, part.router.taken, there) for part, logits, there in told if part.tokens_choose]
+        balance = load_balancing(*zip(*told, strict=True)) if told else router_logits[0].new_zeros(())
         added = config.router_aux_loss_coef * balance
         if config.router_z_loss_coef:
             added = added + config.router_z_loss_coef * router_z(router_logits, real)
         return balance, added
+
+    def records_routes(self, kind: str) -> bool:
+        """Whether feed-forwards of a type choose, and record it."""
+        return getattr(self.feed_forwards[kind], "routes", False)

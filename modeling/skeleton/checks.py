@@ -5,7 +5,13 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING, Cache, DynamicLayer
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    STATIC_LAYER_TYPE_MAPPING,
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
 
 def check_inputs(config, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values) -> None:
@@ -60,8 +66,8 @@ def check_mask(attention_mask: torch.Tensor, tokens: torch.Tensor, past_key_valu
 def check_cache(config, past_key_values: Cache) -> None:
     """A cache holds one layer of the right kind for each layer of the model."""
     layers = getattr(past_key_values, "layers", [])
-    kinds = (DYNAMIC_LAYER_TYPE_MAPPING.get(kind, DynamicLayer) for kind in config.layer_types)
-    if not layers and all(issubclass(kind, DynamicLayer) for kind in kinds):
+    kinds = {DYNAMIC_LAYER_TYPE_MAPPING.get(kind, DynamicLayer) for kind in config.layer_types}
+    if not layers and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
         return  # DynamicCache() grows its attention layers by itself
     fits = len(layers) == config.num_hidden_layers and all(
         may_hold(type(layer), kind) for layer, kind in zip(layers, config.layer_types, strict=True)

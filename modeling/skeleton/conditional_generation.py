@@ -59,21 +59,20 @@ class ConditionalGeneration(Head, GenerationMixin):
         """
         labels (`torch.LongTensor` [batch, length], *optional*):
             The answer, -100 where nothing is asked. Without an input of its own the decoder reads them moved one to the
-            right. In training, when all logits would be more than 2^24 numbers, the loss is made without them and
-            `logits` is None.
+            right, and where it has experts, what follows the last label is padding to them. In training, when all
+            logits would be more than 2^24 numbers, the loss is made without them and `logits` is None.
         """
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        if labels is not None and decoder_attention_mask is None and self.model.decoder.reads_documents:
+            decoder_attention_mask = up_to_the_last(labels)
         items = kwargs.pop("num_items_in_batch", None)
         source = (input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs)
         told = (past_key_values, inputs_embeds, decoder_inputs_embeds, use_cache, position_ids, decoder_position_ids)
         outputs = self.model(*source, *told, token_type_ids, **kwargs)
-        hidden_states = outputs.last_hidden_state
-        if self.config.scale_logits:
-            hidden_states = hidden_states * self.config.hidden_size**-0.5
         if labels is not None:  # the decoder's input is what is shifted
             kwargs |= {"num_items_in_batch": items, "shift_labels": labels.contiguous()}
-        loss, logits = loss_and_logits(self, hidden_states, labels, logits_to_keep, **kwargs)
+        loss, logits = loss_and_logits(self, outputs.last_hidden_state, labels, logits_to_keep, **kwargs)
         stacks = (("encoder", self.model.encoder), ("decoder", self.model.decoder))
         routed = [
             (stack, outputs.get(f"{name}_router_logits"), outputs.get(f"{name}_router_choices"))
@@ -106,3 +105,11 @@ class ConditionalGeneration(Head, GenerationMixin):
         cache: Cache = past_key_values.self_attention_cache
         masks = self.model.decoder.make_masks(inputs_embeds, attention_mask, cache, position_ids)
         return masks | {"position_ids": count_positions(inputs_embeds, attention_mask, cache)}
+
+
+def up_to_the_last(labels: torch.LongTensor) -> torch.Tensor:
+    """labels [batch, length] -> [batch, length] (0 or 1), 0 behind the last that is not -100. Collators pad labels, and
+    hand over no mask of the answer, as attention needs none: but experts have room for so many real tokens."""
+    named = (labels != -100).long().flip(1).cumsum(1).flip(1).clamp(max=1)
+    named[:, 0] = 1
+    return named

@@ -101,7 +101,7 @@ class ArchConfig(ExpertConfig):
         """As in transformers, with `layer_types` under the name `mixer_types`: a resumed Trainer reads config.json as a
         plain PreTrainedConfig, which raises for layer types other than transformers' own. What is said of experts is
         left out where there are none."""
-        unsaid = ("base_model_ep_plan",) if self.has_experts else EXPERT_FIELDS
+        unsaid = ("base_model_ep_plan", *(() if self.has_experts else EXPERT_FIELDS))
         return {
             "mixer_types" if name == "layer_types" else name: value
             for name, value in super().to_dict().items()

@@ -101,18 +101,19 @@ class CausalLM(Head, GenerationMixin):
             Whether to answer with the logits and choices of the routers and with `aux_loss`, which keeps experts
             equally busy and is added to the loss, times `config.router_aux_loss_coef`. By default as the config says.
         """
+        if labels is not None and self.training:
+            kwargs |= self.further_context()
+        read = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
         outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
+            *read,
             use_cache=use_cache,
             token_type_ids=token_type_ids,
             output_router_logits=output_router_logits,
             **kwargs,
         )
         loss, logits = loss_and_logits(self, outputs.last_hidden_state, labels, logits_to_keep, **kwargs)
+        if loss is not None and self.training:
+            loss = self.with_further_losses(loss, outputs.last_hidden_state, labels, *read, **kwargs)
         loss, aux_loss = self.with_routing(loss, outputs, labels, **kwargs)
         return CausalLMOutput(
             loss=loss,
@@ -124,6 +125,15 @@ class CausalLM(Head, GenerationMixin):
             router_logits=outputs.router_logits,
             router_choices=outputs.get("router_choices"),
         )
+
+    def further_context(self) -> dict:
+        """What layers are told in training beside what the call says."""
+        return {}
+
+    def with_further_losses(self, loss: torch.Tensor, hidden_states: torch.Tensor, labels, *read, **kwargs):
+        """The loss of next tokens with what an architecture adds in training. `read`: what the backbone was told, up to
+        `inputs_embeds`."""
+        return loss
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args):
         """generate() makes the cache; its layers are ours where transformers' would copy everything at every step."""
@@ -268,6 +278,8 @@ def loss_and_logits(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """What `model.lm_head` makes of the hidden states; a loss in training over many logits is made without them."""
     check_labels(labels, hidden_states)
+    if getattr(model.config, "scale_logits", False):
+        hidden_states = hidden_states * model.config.hidden_size**-0.5
     if labels is not None and model.training and hidden_states[..., 0].numel() * model.vocab_size > LOGITS_AT_ONCE:
         return chunked_cross_entropy(hidden_states, model.lm_head, labels, **kwargs), None
     logits = model.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))

@@ -15,8 +15,8 @@ To add one:
   (`expand`). What it must remember from call to call it keeps by `kept.read(name)` and `kept.write(0, name=...)`:
   [rows, ...], zeros where nothing was read, None in the first call and where there is no cache. A static cache is
   written in place: what was read is used before the name is written;
-- `layer_kinds` are `"ragged_attention"` and `"ragged_sliding_attention"`, whose cache holds each row's own items, and
-  any recurrence; `mixers` maps them to classes. `part_norm` puts a norm after each part, not only after the last.
+- `layer_kinds` are `"ragged_attention"`, whose cache holds each row's own items, and any recurrence, to which belongs
+  `"causal_window_attention"`; `mixers` maps them to classes. `part_norm` puts a norm after each part.
 """
 
 from dataclasses import dataclass, field
@@ -164,20 +164,19 @@ class Hierarchy(Backbone):
             "past_key_values": cache,
             "documents": None if level.real is None else level.real.long(),
         }
-        masks = self.masks_of(depth, stream, level, cache, call.context)
+        masks = self.masks_of(depth, stream, level, cache)
         stream = self.run_part(depth, stream, masks, told)
         if depth == len(self.resamplings):
             return stream
         stream = self.run_above(depth, stream, level, call)
         return self.run_part(2 * len(self.resamplings) - depth, stream, masks, told)
 
-    def masks_of(self, depth: int, stream, level: Level, cache: LevelCache | None, context: dict) -> dict:
+    def masks_of(self, depth: int, stream, level: Level, cache: LevelCache | None) -> dict:
         """One for each layer type in use at a level."""
         config, masks = self.config.at_level(depth), {}
-        asked = {"output_attentions": context.get("output_attentions")}
         for layer_idx, (kind, at) in enumerate(zip(config.layer_types, config.layer_levels, strict=True)):
             if at == depth and kind not in masks:
-                masks[kind] = LEVEL_MASKS[kind](config, stream, level, cache, layer_idx, **asked)
+                masks[kind] = LEVEL_MASKS[kind](config, stream, level, cache, layer_idx)
         return masks
 
     def run_part(self, part: int, stream: torch.Tensor, masks: dict, told: dict) -> torch.Tensor:

@@ -59,6 +59,10 @@ class HierarchyConfig(ArchConfig):
             start = stop
         return found
 
+    def causal_window(self, layer_idx: int) -> tuple[int, int, int]:
+        """What a layer of type `"causal_window_attention"` sees: window, dilation, first tokens."""
+        return self.sliding_window, 1, 0
+
     def at_level(self, level: int) -> "ArchConfig | AtLevel":
         """What the layers of a level are built from."""
         return self

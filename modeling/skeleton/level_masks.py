@@ -9,20 +9,16 @@ from ..layers.level import Level, LevelCache
 from ..ops.patches import PatchRows
 from .masks import MASKS, number_documents
 
-NOTHING = {"attention_mask": None, "past_key_values": None, "position_ids": None}
+UNTOLD = {"attention_mask": None, "past_key_values": None, "position_ids": None}
 
 
-def ragged(kind: str) -> Callable:
+def ragged(config, stream: torch.Tensor, level: Level, cache: LevelCache | None, layer_idx: int):
     """Rows are left-aligned: what is past the end of one, no item of it sees. Behind a cache, rows end at places of
     their own."""
-
-    def make(config, stream, level: Level, cache: LevelCache | None, layer_idx: int, **asked):
-        if cache is None or cache.first:
-            return MASKS[kind](config=config, inputs_embeds=stream, layer_idx=layer_idx, **NOTHING, **asked)
-        seen = cache.visible(layer_idx, config.sliding_window if kind == "sliding_attention" else None)
-        return None if seen is None else shown(seen, config, stream)
-
-    return make
+    if cache is None or cache.first:
+        return MASKS["full_attention"](config=config, inputs_embeds=stream, layer_idx=layer_idx, **UNTOLD)
+    seen = cache.visible(layer_idx)
+    return None if seen is None else shown(seen, config, stream)
 
 
 def shown(seen: torch.Tensor, config, stream: torch.Tensor) -> torch.Tensor:
@@ -32,7 +28,7 @@ def shown(seen: torch.Tensor, config, stream: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(seen, dtype=stream.dtype).masked_fill(~seen, torch.finfo(stream.dtype).min)
 
 
-def by_patch(config, stream, level: Level, cache: LevelCache | None, layer_idx: int, **asked) -> PatchRows:
+def by_patch(config, stream, level: Level, cache: LevelCache | None, layer_idx: int) -> PatchRows:
     """Items of a patch of `config.patch_size` see each other, up to themselves."""
     size, late = config.patch_size, None
     lengths = None if level.real is None else level.real.sum(1)
@@ -43,24 +39,23 @@ def by_patch(config, stream, level: Level, cache: LevelCache | None, layer_idx: 
         seen = torch.arange(size, device=stream.device) <= late[:, None]
         return patches._replace(mask=shown(seen[:, None, None], config, stream))
     patch = stream[:1, :1].expand(-1, size, -1)
-    mask = MASKS["full_attention"](config=config, inputs_embeds=patch, layer_idx=layer_idx, **NOTHING, **asked)
+    mask = MASKS["full_attention"](config=config, inputs_embeds=patch, layer_idx=layer_idx, **UNTOLD)
     return patches._replace(mask=mask)
 
 
 def by_what_is_real(make_mask: Callable) -> Callable:
     """A mask, or documents, of rows of which each is one document."""
 
-    def make(config, stream, level: Level, cache: LevelCache | None, layer_idx: int, **asked):
+    def make(config, stream, level: Level, cache: LevelCache | None, layer_idx: int):
         real = None if level.real is None else level.real.long()
-        told = NOTHING | {"attention_mask": real}
+        told = UNTOLD | {"attention_mask": real}
         return make_mask(config=config, inputs_embeds=stream, layer_idx=layer_idx, **told)
 
     return make
 
 
 LEVEL_MASKS: dict[str, Callable] = {
-    "ragged_attention": ragged("full_attention"),
-    "ragged_sliding_attention": ragged("sliding_attention"),
+    "ragged_attention": ragged,
     "bidirectional_attention": by_what_is_real(MASKS["bidirectional_attention"]),
     **dict.fromkeys(RECURRENT, by_what_is_real(number_documents)),
     "patch_attention": by_patch,

@@ -44,6 +44,13 @@ def chunked_cross_entropy(
     return total / (count.to(total.device) if isinstance(count, torch.Tensor) else count)
 
 
+def per_label(labels: torch.Tensor, **kwargs) -> torch.Tensor:
+    """What a sum over tokens is multiplied by beside a mean over labelled tokens, so that the pieces of a batch add up:
+    arguments as of `share_of_batch`."""
+    named = (targets_of(labels, kwargs.get("shift_labels"), -100) != -100).sum()
+    return share_of_batch(labels, **kwargs) / named.clamp(min=1)
+
+
 def share_of_batch(
     labels: torch.Tensor | None,
     num_items_in_batch: torch.Tensor | int | None = None,

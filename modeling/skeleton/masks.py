@@ -62,7 +62,9 @@ def causal(make_mask: Callable) -> Callable:
         **kwargs,
     ):
         told = {"attention_mask": attention_mask, "past_key_values": past_key_values, "position_ids": position_ids}
-        documents = number_documents(config, inputs_embeds, **told) if past_key_values is None else None
+        ready = attention_mask is not None and attention_mask.ndim != 2  # it says all: positions may restart at will
+        fresh = past_key_values is None and not ready
+        documents = number_documents(config, inputs_embeds, **told) if fresh else None
         if several(documents):
             told |= {"attention_mask": None, "position_ids": told_apart(documents)}
         if prefix is not None:
@@ -146,7 +148,7 @@ def all_straight(inputs_embeds, attention_mask=None, past_key_values=None, posit
 
 
 MASKS: dict[str, Callable] = {
-    "full_attention": causal(masking_utils.create_causal_mask),
+    **dict.fromkeys(("full_attention", "latent_attention"), causal(masking_utils.create_causal_mask)),
     "sliding_attention": sliding,
     "bidirectional_attention": bidirectional,
     **dict.fromkeys(RECURRENT, number_documents),

@@ -18,8 +18,9 @@ class HasExperts:
     have them, of a class by its kind of config. Experts that transformers can compute, it can also deal out."""
 
     def __get__(self, model: PreTrainedModel | None, model_class: type[PreTrainedModel]) -> Callable[[], bool]:
-        config = model_class.config_class if model is None else model.config
-        return functools.partial(bool, config.base_model_ep_plan)
+        return functools.partial(
+            bool, model_class.config_class.base_model_ep_plan if model is None else model.config.has_experts
+        )
 
 
 class ArchPreTrainedModel(PreTrainedModel):
@@ -84,6 +85,14 @@ class ArchPreTrainedModel(PreTrainedModel):
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """As in transformers, but ours where none is asked for."""
         return super().get_correct_experts_implementation(requested_experts or SORTED)
+
+    def set_experts_implementation(self, experts_implementation: str | dict) -> None:
+        """As in transformers, also where a stack has a config of its own, which is of the same class as the whole's."""
+        super().set_experts_implementation(experts_implementation)
+        for part in self.modules():
+            own = isinstance(part, ArchPreTrainedModel) and part.config is not self.config
+            if own and part._can_set_experts_implementation():
+                part.set_experts_implementation(experts_implementation)
 
 
 def hub_options(kwargs: dict) -> dict:

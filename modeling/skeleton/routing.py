@@ -7,20 +7,23 @@ import torch
 
 
 def load_balancing(
-    router_logits: Sequence[torch.Tensor], top_k: int, real: Sequence[torch.Tensor] | None = None
+    router_logits: Sequence[torch.Tensor],
+    taken: Sequence[Callable[[torch.Tensor], torch.Tensor]],
+    real: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """experts * sum over experts of (choices per token) * (mean probability): `top_k` where all are equally busy, more
     elsewhere (Fedus et al., 2021, arXiv:2101.03961, equations 4 to 6; over all layers at once, as in Mixtral).
 
-    router_logits: [tokens, experts] of each layer; real: [tokens] (bool) of each, those that are no padding.
+    router_logits: [tokens, experts] of each layer; taken: logits -> [tokens, choices] the experts that tokens take, of
+    each; real: [tokens] (bool) of each, those that are no padding.
     """
     chosen, probability, tokens = 0.0, 0.0, 0
     for layer, logits in enumerate(router_logits):
         scores = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-        taken = torch.zeros_like(scores).scatter_(-1, scores.topk(top_k, dim=-1).indices, 1.0)
+        marked = torch.zeros_like(scores).scatter_(-1, taken[layer](logits), 1.0)
         if real is not None:
-            scores, taken = (each * real[layer][:, None] for each in (scores, taken))
-        chosen, probability = chosen + taken.sum(0), probability + scores.sum(0)
+            scores, marked = (each * real[layer][:, None] for each in (scores, marked))
+        chosen, probability = chosen + marked.sum(0), probability + scores.sum(0)
         tokens = tokens + (len(logits) if real is None else real[layer].sum())
     return router_logits[0].shape[-1] * (chosen / tokens * (probability / tokens)).sum()
 

@@ -63,7 +63,7 @@ class EncoderDecoder(ArchPreTrainedModel):
     def __init__(self, config: ArchConfig):
         super().__init__(config)
         if not config.is_encoder_decoder:
-            raise ValueError("The config is of an encoder alone (is_encoder_decoder=False): it has no decoder.")
+            raise ValueError("The config is of one stack alone (is_encoder_decoder=False): this model has two.")
         self.encoder = self.encoder_backbone(config.stack("encoder"))
         self.decoder = self.decoder_backbone(config.stack("decoder"))
         self.post_init()

@@ -167,6 +167,17 @@ class OurEncoder(Encoder, Ours):
     pass
 
 
+class DeepSeek(Transformers):
+    """With the sizes that ours has by default for such a shape."""
+
+    def build(self, sizes, **options):
+        ours = importlib.import_module("hf_arch").find("deepseek").load("Config")(**sizes)
+        same = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        same += ("num_experts_per_tok", "n_shared_experts", "moe_intermediate_size", "first_k_dense_replace")
+        fields = {name: getattr(ours, name) for name in (*same, "n_group", "topk_group")}
+        return super().build(sizes, fields=fields | {"n_routed_experts": ours.num_local_experts}, **options)
+
+
 class T5Encoder(Encoder, Transformers):
     """Its config has names of its own for two sizes."""
 

@@ -50,9 +50,22 @@ class ArchEncoderDecoderConfig(ArchTransformerConfig):
         if self.encoder_layer_types is None:
             self.encoder_layer_types = ["bidirectional_attention"] * depth
         if self.encoder_feed_forward_types is None:
-            pattern = self.feed_forward_types or self.feed_forward_pattern()
+            pattern = self.encoder_feed_forward_pattern()
             self.encoder_feed_forward_types = [pattern[i % len(pattern)] for i in range(depth)]
-        self.base_model_tp_plan, self.base_model_fsdp_plan = {}, {}  # the stacks have their own
+        # the stacks have their own
+        self.base_model_tp_plan, self.base_model_ep_plan, self.base_model_fsdp_plan = {}, {}, {}
+
+    def encoder_feed_forward_pattern(self) -> list[str]:
+        return self.feed_forward_types
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether some feed-forward of a stack is sparse."""
+        return not set(SPARSE).isdisjoint([*self.feed_forward_types, *(self.encoder_feed_forward_types or [])])
+
+    @property
+    def feed_forwards_in_use(self) -> set[str]:
+        return {*self.feed_forward_types, *(self.encoder_feed_forward_types or ())}
 
     def stack(self, name: str) -> "ArchEncoderDecoderConfig":
         """The config of one stack, `"encoder"` or `"decoder"`, as of a Transformer by itself."""
@@ -66,15 +79,19 @@ class ArchEncoderDecoderConfig(ArchTransformerConfig):
         if name == "decoder":
             of_mixers = ArchTransformerConfig.base_model_tp_plan
             across = {key.replace("mixer", "cross_attention"): how for key, how in of_mixers.items()}
+            config.encoder_feed_forward_types = self.feed_forward_types
             config.base_model_tp_plan = self.stack_tp_plan() | across
             config.deep_norm = (3 * decoder) ** 0.25, (12 * decoder) ** -0.25
-            return config
-        config.num_hidden_layers = encoder
-        config.direction, config.use_cache = "bidirectional", False
-        config.layer_types, config.feed_forward_types = self.encoder_layer_types, self.encoder_feed_forward_types
-        config.base_model_tp_plan = config.stack_tp_plan()
-        # arXiv:2203.00555, figure 2
-        config.deep_norm = 0.81 * (encoder**4 * decoder) ** (1 / 16), 0.87 * (encoder**4 * decoder) ** (-1 / 16)
+        else:
+            config.num_hidden_layers = encoder
+            config.direction, config.use_cache = "bidirectional", False
+            config.layer_types, config.feed_forward_types = self.encoder_layer_types, self.encoder_feed_forward_types
+            config.base_model_tp_plan = config.stack_tp_plan()
+            # arXiv:2203.00555, figure 2
+            config.deep_norm = 0.81 * (encoder**4 * decoder) ** (1 / 16), 0.87 * (encoder**4 * decoder) ** (-1 / 16)
+        config.base_model_ep_plan = config.expert_ep_plan()
+        if not config.has_experts:  # those of the whole are the other stack's
+            config.num_local_experts, config.output_router_logits = None, False
         return config
 
     def validate_architecture(self):

@@ -28,7 +28,8 @@ class ArchTransformerConfig(AttentionConfig, DirectedConfig):
     num_hidden_groups (`int`, *optional*):
         Sets of parameters that successive layers share, as in ALBERT (arXiv:1909.11942); by default each has its own.
     feed_forward_types (`list[str]`, *optional*), hidden_act (`str`):
-        `"gated"`, `"dense"` or `"sparse"` feed-forwards around any activation: SwiGLU is gated silu, GeGLU gated gelu.
+        `"gated"` or `"dense"` feed-forwards around any activation, SwiGLU is gated silu, GeGLU gated gelu; or mixtures
+        of experts, such as `"sparse"`.
     """
 
     model_type = "hf_arch_transformer"

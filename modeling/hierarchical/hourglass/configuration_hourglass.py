@@ -13,6 +13,9 @@ from ...skeleton.hierarchy_config import HierarchyConfig
 @strict
 class ArchHourglassConfig(AttentionConfig, DirectedConfig, HierarchyConfig):
     """
+    layer_types (`list[str]`, *optional*):
+        `"ragged_attention"`, to all earlier items of the level, or `"causal_window_attention"`, to the last
+        `sliding_window` of them; of an encoder `"bidirectional_attention"`.
     shorten_factors (`list[int]`, defaults to `[3]`):
         How many items of a level are one of the next, at each level but the last: `[2, 3]` is an hourglass in an
         hourglass, whose inmost layers see a sixth of the tokens.
@@ -32,9 +35,9 @@ class ArchHourglassConfig(AttentionConfig, DirectedConfig, HierarchyConfig):
     """
 
     model_type = "hf_arch_hourglass"
-    layer_kinds = ("ragged_attention", "ragged_sliding_attention", "bidirectional_attention")
+    layer_kinds = ("ragged_attention", "causal_window_attention", "bidirectional_attention")
     layer_kinds_of: ClassVar[dict[str, tuple[str, ...]]] = {
-        "causal": ("ragged_attention", "ragged_sliding_attention"),
+        "causal": ("ragged_attention", "causal_window_attention"),
         "bidirectional": ("bidirectional_attention",),
     }
     feed_forward_kinds = ("dense", "gated", "sparse", "switch")
@@ -73,5 +76,7 @@ class ArchHourglassConfig(AttentionConfig, DirectedConfig, HierarchyConfig):
         if wrong := [factor for factor in self.shorten_factors if factor < 2]:
             raise ValueError(f"shorten_factors has {wrong[0]}: a group has at least two items.")
         super().validate_architecture()
+        if "causal_window_attention" in self.layer_types and not (self.sliding_window and self.sliding_window > 1):
+            raise ValueError("Layers of type causal_window_attention need a sliding_window of at least 2.")
         if not self.shorten_factors:
             raise ValueError("shorten_factors is empty: a model that shortens nothing is a Transformer.")

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...layers.attention import Attention, BidirectionalAttention, SlidingAttention
+from ...layers.attention import Attention, BidirectionalAttention
 from ...layers.feed_forward import MLP
 from ...layers.level import Level, RowStates
 from ...layers.positions import NoPositions, RotaryEmbedding
 from ...layers.residual import PreNorm
+from ...layers.window_attention import CausalWindowAttention
 from ...ops.firing import Fired, last_of
 from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
 from ...skeleton.heads import CausalLM, MaskedLM
@@ -154,7 +155,7 @@ class ArchHourglassModel(Hierarchy):
     resampling = HourglassResampling
     mixers = {
         "ragged_attention": Attention,
-        "ragged_sliding_attention": SlidingAttention,
+        "causal_window_attention": CausalWindowAttention,
         "bidirectional_attention": BidirectionalAttention,
     }
 

@@ -7,6 +7,7 @@ from typing import NamedTuple, Unpack
 import torch
 from transformers.cache_utils import Cache
 from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.import_utils import is_tracing
 
 from ...layers.compression import COMPRESSIONS
 from ...layers.side_loss import SideLoss
@@ -22,7 +23,7 @@ from ...ops.reconstruction import last_segments, reconstruction_error, usage_of_
 from ...ops.segment_rows import Projected, SegmentRows, SegmentState, find_rows, follow, remember
 from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
 from ...skeleton.heads import CausalLMOutput
-from ...skeleton.loss import share_of_batch, targets_of
+from ...skeleton.loss import per_label
 from ..modeling_segment_recurrence import Reading, SegmentBackbone, SegmentCausalLM, SegmentRecurrence
 from .configuration_compressive_transformer import ArchCompressiveTransformerConfig
 
@@ -65,8 +66,11 @@ class CompressiveRecurrence(SegmentRecurrence):
     def attend(self, read: Reading, side_loss: SideLoss | None = None, **kwargs):
         state: CompressedState | None = read.told["initial_state"]
         query, key, value, still = self.projections(read)
+        hidden, seen = read.hidden_states.detach()[:, :, None], None
+        if state is not None:
+            hidden, seen = read.memory.follow("memory_hidden", hidden), state.read
         if state is not None and read.length == 1:
-            past = self.step(read, state, query, key)
+            past = self.step(read, state, query, key, hidden)
         elif state is None and read.length <= self.window.memory:  # nothing leaves
             past = Past(None, self.empty(key), self.untrained(read))
         else:
@@ -75,9 +79,6 @@ class CompressiveRecurrence(SegmentRecurrence):
         output, recent = self.look(read, query, key, value, still, **told)
         if recent is None:
             return output, None
-        hidden, seen = read.hidden_states[:, :, None], None
-        if state is not None:
-            hidden, seen = follow(state.hidden, hidden), state.read
         (hidden,), _ = remember((hidden,), self.window, read.told["documents"], seen)
         return output, CompressedState(*recent, hidden, *past.kept)
 
@@ -104,21 +105,22 @@ class CompressiveRecurrence(SegmentRecurrence):
             zero = zero + side_loss.attach(read.layer_idx, *reconstruction_error(query, tokens, frozen, rows))
         return Past(slots, kept, zero)
 
-    def step(self, read: Reading, state: CompressedState, query: torch.Tensor, key: torch.Tensor) -> Past:
-        """Of one more token."""
+    def step(self, read: Reading, state: CompressedState, query, key, hidden: torch.Tensor) -> Past:
+        """Of one more token; `hidden` is what the state holds, and the token."""
         documents, segment, unit = read.told["documents"], self.window.segment, self.compression.unit
         real = torch.ones_like(state.read, dtype=torch.bool) if documents is None else documents[:, 0] > 0
-        after = state.read + real
-        hidden = follow(state.hidden, read.hidden_states[:, :, None].detach())
+        after, seen = state.read + real, slots_of_state(state.slots, state.read, self.rate)
         units, usage, left = hidden[:, None, segment - unit : segment, 0], None, state.usage
         if self.compression.by_use:
             used = usage_of_step(query, follow(state.key, key), state.read, segment)
             left = torch.where(real[:, None], left + used, left)
             usage, left = left[:, None], left * (after % segment > 0)[:, None]
+        ends = real & (after % unit == 0)
+        if ends.device.type == "cpu" and not is_tracing(ends) and not ends.any():
+            return Past(seen, (*state.slots, left), self.untrained(read))
         made = self.compression(units, usage).flatten(1, 2)
         pair = tuple(self.project(name, made.detach()) for name in ("k_proj", "v_proj"))
-        kept = keep_slots_of_step(pair, state.slots, after, real, self.rate)
-        return Past(slots_of_state(state.slots, state.read, self.rate), (*kept, left), made[:0].sum())
+        return Past(seen, (*keep_slots_of_step(pair, state.slots, ends), left), made[:0].sum())
 
     def empty(self, key: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The slots and the usage of a state after which nothing has left."""
@@ -129,6 +131,8 @@ class CompressiveRecurrence(SegmentRecurrence):
     def untrained(self, read: Reading) -> torch.Tensor:
         """Zero, made by all that the compression consists of: DistributedDataParallel waits for its gradients, also
         where nothing is compressed, or no one asks for its loss."""
+        if not torch.is_grad_enabled():
+            return read.hidden_states.new_zeros(())
         unit = read.hidden_states.new_zeros(1, self.compression.unit, read.hidden_states.shape[-1])
         return self.compression(unit, unit[..., 0])[:0].sum()
 
@@ -192,9 +196,8 @@ class ArchCompressiveTransformerForCausalLM(SegmentCausalLM):
         if side_loss is not None:
             outputs.compression_loss = side_loss.mean()
             if outputs.loss is not None:
-                named = (targets_of(labels, kwargs.get("shift_labels"), -100) != -100).sum().clamp(min=1)
-                share = share_of_batch(labels, **kwargs) / named  # by tokens, as the other loss: pieces add up
-                outputs.loss = side_loss.join(outputs.loss, self.config.compression_loss_coef * share)
+                weight = self.config.compression_loss_coef * per_label(labels, **kwargs)
+                outputs.loss = side_loss.join(outputs.loss, weight)
         return outputs
 
 

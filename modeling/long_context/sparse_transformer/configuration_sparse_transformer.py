@@ -18,7 +18,9 @@ class ArchSparseTransformerConfig(AttentionConfig):
         `"strided_attention"`, the last `stride` and every `stride`-th before; `"fixed_attention"`, a token's block of
         `stride` and the last columns of each before; `"dilated_attention"`, segments that grow as they thin out
         (LongNet, arXiv:2307.02486); `"sink_attention"`, the last `sliding_window` tokens and the first of the text
-        (StreamingLLM, arXiv:2309.17453), whose memory does not grow.
+        (StreamingLLM, arXiv:2309.17453), whose memory does not grow; `"retrieval_attention"`, the same tokens at their
+        true distance and the blocks of earlier ones that suit a query best (Quest, arXiv:2406.10774), so that a step
+        reads as many keys however long the text, of a memory that grows.
     position_type (`str`, defaults to `"learned"`):
         `"none"`, `"sinusoidal"`, `"learned"` or `"rope"`. A text without end needs `"rope"` or `"none"`.
     stride, summary_columns (`int`):
@@ -26,7 +28,10 @@ class ArchSparseTransformerConfig(AttentionConfig):
     dilated_segments, dilations (`list[int]`):
         Of dilated layers: the lengths of segments, each with the distance of the tokens that are taken of it.
     num_sink_tokens (`int`, defaults to 4):
-        The first tokens, which all later ones see in a layer of type `"sink_attention"`.
+        The first tokens, which all later ones see in a layer of type `"sink_attention"` or `"retrieval_attention"`.
+    retrieved_blocks, retrieval_block_size (`int`):
+        Of layers of type `"retrieval_attention"`: how many blocks a token chooses before its window, for each head, and
+        how many tokens one has, at most `sliding_window`.
     attention_scaling (`float`, *optional*):
         What the products of queries and keys are multiplied by, head_dim^-0.5 by default; 1.0 in GPT-Neo.
     """
@@ -34,7 +39,7 @@ class ArchSparseTransformerConfig(AttentionConfig):
     model_type = "hf_arch_sparse_transformer"
     layer_kinds = (
         *("full_attention", "sliding_attention", "strided_attention", "fixed_attention", "dilated_attention"),
-        "sink_attention",
+        *("sink_attention", "retrieval_attention"),
     )
     feed_forward_kinds = ("dense", "gated", *SPARSE)
 
@@ -50,6 +55,8 @@ class ArchSparseTransformerConfig(AttentionConfig):
     dilated_segments: list[int] | None = None
     dilations: list[int] | None = None
     num_sink_tokens: int = 4
+    retrieved_blocks: int = 8
+    retrieval_block_size: int = 64
     attention_scaling: float | int | None = None
     hidden_act: str = "gelu_pytorch_tanh"
     norm_eps: float = 1e-5
@@ -81,6 +88,13 @@ class ArchSparseTransformerConfig(AttentionConfig):
         super().validate_architecture()
         if "sink_attention" in self.layer_types and not (self.sliding_window and self.sliding_window > 1):
             raise ValueError("Layers of type sink_attention need a sliding_window of at least 2.")
+        if "retrieval_attention" in self.layer_types and not (
+            self.sliding_window and 1 <= self.retrieval_block_size <= self.sliding_window and self.retrieved_blocks > 0
+        ):
+            raise ValueError(
+                f"Layers of type retrieval_attention need a retrieval_block_size, {self.retrieval_block_size}, between "
+                f"1 and sliding_window, {self.sliding_window}, and retrieved_blocks, {self.retrieved_blocks}, above 0."
+            )
         if self.num_sink_tokens < 0:
             raise ValueError(f"num_sink_tokens is {self.num_sink_tokens}; it must not be negative.")
         if self.stride < 1 or not 1 <= self.summary_columns <= self.stride:

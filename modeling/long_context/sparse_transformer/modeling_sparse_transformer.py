@@ -6,6 +6,7 @@ from torch import nn
 from ...layers.attention import Attention, SlidingAttention
 from ...layers.pattern_attention import DilatedAttention, FixedAttention, StridedAttention
 from ...layers.positions import SinkRotaryEmbedding
+from ...layers.retrieval_attention import RetrievalAttention
 from ...layers.window_attention import CausalWindowAttention
 from ...skeleton.backbone import Backbone
 from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
@@ -28,6 +29,7 @@ class ArchSparseTransformerModel(Backbone):
         "full_attention": Attention,
         "sliding_attention": SlidingAttention,
         "sink_attention": CausalWindowAttention,
+        "retrieval_attention": RetrievalAttention,
         **PATTERN_MIXERS,
     }
     masks = {kind: pattern_mask(mixer) for kind, mixer in PATTERN_MIXERS.items()}

@@ -7,6 +7,7 @@ predictor decides token by token, and the model is causal.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Unpack
 
@@ -82,8 +83,8 @@ class ArchMixtureOfDepthsForCausalLM(CausalLM):
         **kwargs: Unpack[TransformersKwargs],
     ) -> DepthCausalLMOutput:
         """In training with labels predictors and classifiers learn, too: their loss is added to that over tokens, and
-        trains nothing but them. Other heads leave them as they are. With early exits the loss over tokens is a mean
-        over all layers at which a token may leave, the i-th layer of the stack counting i times."""
+        trains nothing but them. With early exits the loss over tokens is a mean over all layers at which a token may
+        leave, the i-th layer of the stack counting i times."""
         learning = self.training and labels is not None
         side_loss, exits = SideLoss() if learning else None, Exits(LateLoss() if learning else None)
         told = {"labels": labels, "use_cache": use_cache, "side_loss": side_loss, "return_dict": True} | kwargs
@@ -129,16 +130,37 @@ class ArchMixtureOfDepthsForCausalLM(CausalLM):
         return torch.cat([self.lm_head(part).argmax(-1) for part in parts]).view(hidden_states.shape[:2])
 
 
+def with_predictors(forward: Callable, by_document: bool) -> Callable:
+    """The forward of another head, under which predictors learn. Classifiers of early exits stay as they are: what they
+    ask is whether a layer would name the same token."""
+
+    @can_return_tuple
+    @functools.wraps(forward)
+    def call(self, *args, **kwargs):
+        side_loss = SideLoss(by_document) if self.training else None
+        outputs = forward(self, *args, side_loss=side_loss, **kwargs | {"return_dict": True})
+        if side_loss is not None and side_loss.values and outputs.loss is not None:
+            labels, items = kwargs.get("labels"), kwargs.get("num_items_in_batch")
+            share = share_of_batch(labels, num_items_in_batch=items, shift_labels=labels)
+            outputs.loss = side_loss.join(outputs.loss, share / next(iter(side_loss.counts.values())).clamp(min=1))
+        return outputs
+
+    return call
+
+
 class ArchMixtureOfDepthsForSequenceClassification(SequenceClassification):
     config: ArchMixtureOfDepthsConfig
     backbone = ArchMixtureOfDepthsModel
+    forward = with_predictors(SequenceClassification.forward, by_document=True)
 
 
 class ArchMixtureOfDepthsForTokenClassification(TokenClassification):
     config: ArchMixtureOfDepthsConfig
     backbone = ArchMixtureOfDepthsModel
+    forward = with_predictors(TokenClassification.forward, by_document=False)
 
 
 class ArchMixtureOfDepthsForQuestionAnswering(QuestionAnswering):
     config: ArchMixtureOfDepthsConfig
     backbone = ArchMixtureOfDepthsModel
+    forward = with_predictors(QuestionAnswering.forward, by_document=True)
