@@ -143,9 +143,8 @@ VARIANTS = {
     },
     "megabyte": {
         "three_levels": {"patch_sizes": [4, 3], "global_hidden_sizes": [16, 48], "num_hidden_layers": 4}
-        | {"layer_types": ["causal_window_attention", *["patch_attention"] * 3], "sliding_window": 3}
-        | {"layer_levels": [2, 1, 0, 0], "position_type": "learned", "attention_bias": True, "mlp_bias": False}
-        | {"feed_forward_types": ["gated", "sparse", "dense", "gated"], "num_local_experts": 4},
+        | {"layer_levels": [2, 1, 0, 0], "position_type": "learned", "attention_bias": True}
+        | {"feed_forward_types": ["gated", "dense", "sparse", "dense"], "num_local_experts": 4},
     },
     "hnet": {
         "two_stages": {"inner_hidden_sizes": [32, 48], "num_hidden_layers": 7, "layer_levels": [0, 1, 1, 2, 1, 1, 0]}

@@ -10,7 +10,7 @@ tqdm==4.67.1` put them. Its own forward runs, of which four things are changed t
   first byte of a patch is then written by the patch before, which its last place has read, under that one's answer;
 - a patch is embedded as its bytes side by side, without a map and two norms after it;
 - each place of a patch is told its own part of the answer, by a map that all share;
-- layers do not shift half of their channels by one place.
+- layers do not shift half of their channels by one place; those of the last level rotate queries and keys.
 """
 
 import argparse
@@ -54,10 +54,10 @@ def by_the_paper(fields: dict) -> tuple[nn.Module, list[torch.Tensor]]:
     import MEGABYTE_pytorch.megabyte as package
 
     package.token_shift, package.F = (lambda x: x), Paper()
-    model = package.MEGABYTE(**fields, dim_head=HEAD, rel_pos=True)
+    model = package.MEGABYTE(**fields, dim_head=HEAD)
     sizes, lengths, maps, patch = fields["dim"], fields["max_seq_len"], [], 1
     for stage, (size, depth) in enumerate(zip(sizes, fields["depth"], strict=True)):
-        heads = {"dim_head": HEAD, "heads": size // HEAD}
+        heads = {"dim_head": HEAD, "heads": size // HEAD, "rel_pos": stage == 0}
         model.transformers[stage] = package.Transformer(dim=size, layers=depth, **heads)
     for level, (size, length) in enumerate(zip(sizes[-2::-1], lengths[:0:-1], strict=True), 1):
         patch *= length

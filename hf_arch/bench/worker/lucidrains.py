@@ -65,7 +65,7 @@ class MegaByte(Subject):
     def __init__(self, shape: dict, longest: int, **options):
         peer = importlib.import_module("MEGABYTE_pytorch.megabyte")
         size, heads, patch = shape["hidden_size"], shape["num_attention_heads"], options["patch_size"]
-        told = {"dim_head": size // heads, "rel_pos": True, "flash_attn": True}
+        told = {"dim_head": size // heads, "flash_attn": True}  # as in its README
         told["ff_mult"] = shape["intermediate_size"] // size
         layers = shape["num_hidden_layers"] - 1
         self.model = peer.MEGABYTE(

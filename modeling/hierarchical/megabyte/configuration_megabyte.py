@@ -27,12 +27,12 @@ class ArchMegaByteConfig(AttentionConfig, HierarchyConfig):
         The last level first, that of bytes last: `[1, 1, 1, 0, 0]`. By default each level but the last has its share of
         the layers, and the last has two.
     position_type (`str`, defaults to `"rope"`):
-        `"rope"`, at every level, by the place in a patch or at the last level in the text; or `"learned"`, the paper's,
-        a vector for each byte of `max_position_embeddings` as the last level reads it, and none elsewhere.
+        Of the last level: `"rope"`, or `"learned"`, the paper's, a vector for each byte of `max_position_embeddings`,
+        those of a patch side by side. In a patch each place has its own part of the answer, and needs no other sign.
     """
 
     model_type = "hf_arch_megabyte"
-    layer_kinds = ("ragged_attention", "causal_window_attention", "patch_attention")
+    layer_kinds = ("ragged_attention", "patch_attention")
     feed_forward_kinds = ("dense", "gated", "sparse", "switch")
 
     vocab_size: int = 384
@@ -43,7 +43,6 @@ class ArchMegaByteConfig(AttentionConfig, HierarchyConfig):
     global_hidden_sizes: list[int] | None = None
     position_type: Literal["rope", "learned"] = "rope"
     hidden_act: str = "gelu"
-    mlp_bias: bool = True
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 1
@@ -89,7 +88,8 @@ class ArchMegaByteConfig(AttentionConfig, HierarchyConfig):
         return [top] * (self.num_hidden_layers - len(below)) + below
 
     def layer_pattern(self) -> list[str]:
-        return [self.layer_kinds[0 if level == self.num_levels - 1 else -1] for level in self.layer_levels]
+        """The last level sees all items before, the others their own patch."""
+        return [self.layer_kinds[level < self.num_levels - 1] for level in self.layer_levels]
 
     def at_level(self, level: int) -> AtLevel:
         def widened(number: int) -> int:
@@ -137,8 +137,5 @@ class ArchMegaByteConfig(AttentionConfig, HierarchyConfig):
                 )
         if self.layer_levels != sorted(self.layer_levels, reverse=True):
             raise ValueError(f"layer_levels are {self.layer_levels}: they fall from the last level to 0.")
-        top = self.num_levels - 1
-        for level, kind in zip(self.layer_levels, self.layer_types, strict=True):
-            if (level == top) == (kind == "patch_attention"):
-                kinds = "ragged_attention or causal_window_attention" if level == top else "patch_attention"
-                raise ValueError(f"A layer of level {level} is of type {kinds}, not {kind}.")
+        if self.layer_types != self.layer_pattern():
+            raise ValueError(f"layer_types are {self.layer_types}; for these layer_levels, {self.layer_pattern()}.")

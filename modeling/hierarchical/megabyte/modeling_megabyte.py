@@ -22,26 +22,12 @@ from ...layers.level import Level, RowStates
 from ...layers.norm import RMSNorm
 from ...layers.patch_attention import PatchAttention
 from ...layers.positions import LearnedPositions, NoPositions, RotaryEmbedding
-from ...layers.window_attention import CausalWindowAttention
 from ...ops.firing import Fired, last_of
 from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
 from ...skeleton.heads import CausalLM
 from ...skeleton.hierarchy import Hierarchy, Resampling
 from .configuration_megabyte import ArchMegaByteConfig
 
-
-class PatchRotaryEmbedding(RotaryEmbedding):
-    """RoPE by the place in a patch."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.patch_size = config.patch_size
-
-    def forward(self, hidden_states, position_ids):
-        return super().forward(hidden_states, position_ids % self.patch_size)
-
-
-INNER_POSITIONS = {"rope": PatchRotaryEmbedding, "learned": NoPositions}
 LAST_POSITIONS = {"rope": RotaryEmbedding, "learned": LearnedPositions}
 
 
@@ -117,21 +103,17 @@ class ArchMegaByteModel(Hierarchy):
     resampling = MegaByteResampling
     mixers = {
         "ragged_attention": Attention,
-        "causal_window_attention": CausalWindowAttention,
         "patch_attention": PatchAttention,
     }
-
-    def __init__(self, config: ArchMegaByteConfig):
-        self.positions = INNER_POSITIONS[config.position_type]
-        super().__init__(config)
 
     def make_embedding(self) -> nn.Module:
         """Of bytes as all levels read them, side by side."""
         return nn.Embedding(self.config.vocab_size, sum(self.config.byte_sizes), self.config.pad_token_id)
 
     def make_positions(self, level: int) -> nn.Module:
-        kinds = LAST_POSITIONS if level == self.config.num_levels - 1 else INNER_POSITIONS
-        return kinds[self.config.position_type](self.config.at_level(level))
+        last = level == self.config.num_levels - 1
+        kind = LAST_POSITIONS[self.config.position_type] if last else NoPositions
+        return kind(self.config.at_level(level))
 
 
 class ArchMegaByteForCausalLM(CausalLM):
