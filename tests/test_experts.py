@@ -119,7 +119,7 @@ def test_any_architecture_trains_and_generates_with_experts(case):
         whole, alone = (model.eval()(tokens, labels=tokens, output_router_logits=told).loss for told in (True, False))
     assert whole > alone  # the loss that balances is there, under every head
     if case.head == "ForCausalLM":
-        assert len(outputs.router_logits) == len(outputs.router_choices) == 2
+        assert len(outputs.router_logits) == len(outputs.router_choices) == len(layers)
         greedy = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
         generated = model.generate(tokens, **greedy)
         assert torch.equal(generated[:, 40:], model(generated).logits[:, 39:-1].argmax(-1))
