@@ -22,9 +22,17 @@ NOT_KEPT: dict[tuple[str, str], str] = {
     (row, "test_output_router_logits_from_config"): "No feed-forward is sparse: there are no routers to ask"
     for row in DENSE
 } | {
+    ("hat", "test_output_router_logits_from_config"): "No feed-forward is sparse: there are no routers to ask",
     ("hat", "test_num_layers_is_small"): "Three layers: inside segments, across, and inside again, to see all",
+    ("hnet", "test_model_rope_scaling_from_config_1_dynamic"): (
+        "Positions count chunks: a text half as long again as the limit has fewer, so that nothing is scaled"
+    ),
+    ("hnet", "test_num_layers_is_small"): "Three layers: before chunks, on them, and after",
+    ("hnet", "test_greedy_generate_dict_outputs"): "Hidden states of layers on chunks are as many as chunks",
     ("hourglass", "test_num_layers_is_small"): "Three layers: before the shortening, on groups, and after",
     ("hourglass", "test_greedy_generate_dict_outputs"): "Hidden states of layers on groups are as many as groups",
+    ("megabyte", "test_hidden_states_output"): "The first layers are of patches: fewer items, and wider",
+    ("megabyte", "test_greedy_generate_dict_outputs"): "Hidden states of the global model are as many as patches",
     ("retnet", "test_model_rope_scaling_from_config*"): "RetNet scales no rotations: its config refuses to",
     ("routing_transformer", "test_model_rope_scaling_from_config*"): "Scales no rotations: its config refuses to",
     ("longformer", "test_model_rope_scaling_from_config*"): "Longformer's positions are a table: nothing is rotated",

@@ -25,6 +25,8 @@ MAPPINGS = {
     "ForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
     "ForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
     "ForMultipleChoice": "MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES",
+    "ForSegmentClassification": "MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES",
+    "ForPreTraining": "MODEL_FOR_PRETRAINING_MAPPING_NAMES",
 }
 
 
@@ -81,6 +83,15 @@ class Suite(ModelTesterMixin, TrainingTesterMixin):
     @property
     def is_encoder_decoder(self) -> bool:
         return self.model_tester.get_config().is_encoder_decoder
+
+    def _prepare_for_class(self, inputs_dict, model_class, return_labels=False):
+        """transformers' own heads over sentences see two; those of its heads for pretraining ask what is their own."""
+        inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels)
+        if return_labels and model_class.__name__.endswith("ForPreTraining"):
+            inputs["labels"] = inputs["input_ids"]
+        if return_labels and model_class.__name__.endswith("ForSegmentClassification"):
+            inputs["labels"] = inputs["labels"][:, None]
+        return inputs
 
     def _get_trainable_model_class(self) -> type:
         return self.model_tester.causal_lm_class or self.all_model_classes[-1]

@@ -13,6 +13,8 @@ AUTO_CLASSES = {
     "ForTokenClassification": "AutoModelForTokenClassification",
     "ForQuestionAnswering": "AutoModelForQuestionAnswering",
     "ForMultipleChoice": "AutoModelForMultipleChoice",
+    "ForSegmentClassification": "AutoModelForNextSentencePrediction",  # the one that transformers has for sentences
+    "ForPreTraining": "AutoModelForPreTraining",
 }
 
 DECODER = ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import get_worker_info
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 from transformers.data.data_collator import DataCollatorMixin
+from transformers.processing_utils import ProcessorMixin
 
 
 @dataclass
@@ -46,17 +47,18 @@ class WholeWordMaskCollator(DataCollatorForLanguageModeling):
 
 @dataclass
 class ContrastiveCollator:
-    """Pairs or triplets of texts, tokenized apart: for losses in which the other rows of a batch are the negatives
+    """Pairs or triplets of texts, tokenized apart, for `ContrastiveTrainer`: other rows of a batch are the negatives
     (van den Oord et al., 2018, arXiv:1807.03748; Karpukhin et al., 2020, arXiv:2004.04906).
 
     An item names texts, {"query": text, "positive": text} and perhaps "negative": a text or as many as every other
     item has. A batch holds query_input_ids and query_attention_mask [batch, length], so for positive_, and for
-    negative_ [batch * negatives, length], those of a row in turn. `prefixes` go before the texts of a column, such as
-    {"query": "query: "}. Texts longer than `max_length` tokens are cut; by default at what the tokenizer allows. Give
-    a Trainer `remove_unused_columns=False`: it would drop the texts.
+    negative_ [batch * negatives, length], those of a row in turn; and what else a processor says, if that takes the
+    place of the tokenizer. `prefixes` go before the texts of a column, such as {"query": "query: "}. Texts longer than
+    `max_length` tokens are cut; by default at what the tokenizer allows. Give a Trainer `remove_unused_columns=False`:
+    it would drop the texts.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin
     max_length: int | None = None
     prefixes: dict[str, str] | None = None
 
@@ -68,7 +70,7 @@ class ContrastiveCollator:
         return batch
 
     def tokens(self, column: str, items: list[dict[str, str | list[str]]]) -> dict[str, torch.Tensor]:
-        """input_ids and attention_mask of the texts of one column."""
+        """What the model is told of the texts of one column."""
         if lacking := [number for number, item in enumerate(items) if not item.get(column)]:
             raise ValueError(
                 f"Item {lacking[0]} of the batch has no {column!r}, only {', '.join(items[lacking[0]])}. Every item "
@@ -86,7 +88,7 @@ class ContrastiveCollator:
             max_length=self.max_length,
             return_tensors="pt",
         )
-        return {name: told[name] for name in ("input_ids", "attention_mask")}
+        return {name: value for name, value in told.items() if name != "token_type_ids"}
 
 
 @dataclass

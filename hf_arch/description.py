@@ -11,6 +11,7 @@ from transformers import AutoConfig, DynamicCache, PreTrainedConfig, PreTrainedM
 from hf_arch.bench import costs_of_hierarchies, costs_of_long_context, costs_of_recurrences  # noqa: F401, they register
 from hf_arch.bench.costs import Span, cost
 from hf_arch.catalogue import find
+from hf_arch.modeling.layers.chosen_cache import ChosenCacheLayer
 from hf_arch.modeling.layers.experts import SideBySide
 
 CONTEXT = 8192
@@ -44,14 +45,15 @@ class Description:
 
     parameters: all of them. active: those that the products for one token use; of the experts its own, of the input
         embeddings, which are looked up, none.
-    cache_bytes: what the cache holds after a text of `context` tokens, in bfloat16.
+    cache_bytes: what the cache holds after a text of `context` tokens, in bfloat16; None where it rests on the text, of
+        which layers keep what they choose.
     read_operations: of matrix products (a multiply-add as two) for a token of a text of `context` tokens, the mean.
     step_operations: the same for one token after such a text.
     """
 
     parameters: int
     active: int
-    cache_bytes: int
+    cache_bytes: int | None
     read_operations: float
     step_operations: float
     context: int
@@ -92,13 +94,20 @@ def active_parameters(model: PreTrainedModel) -> int:
 
 
 @torch.no_grad()
-def held_bytes(model: PreTrainedModel, length: int) -> int:
+def held_bytes(model: PreTrainedModel, length: int) -> int | None:
     """What the cache holds after a text."""
     cache = DynamicCache(config=model.config)
+    if any(isinstance(layer, ChosenCacheLayer) for layer in cache.layers):
+        return None
     model(torch.zeros(1, length, dtype=torch.long, device="meta"), past_key_values=cache, logits_to_keep=1)
     held = [value for layer in cache.layers for value in vars(layer).values()]
     held += [state for layer in cache.layers for state in getattr(layer, "states", {}).values()]
     return sum(tensor.nbytes for tensor in held if isinstance(tensor, torch.Tensor))
+
+
+def of_cache(described: Description) -> str:
+    held = described.cache_bytes
+    return "by the text" if held is None else f"{held / described.context / 1024:.1f} KiB"
 
 
 def side_by_side(described: Iterable[tuple[str, Description]]) -> str:
@@ -108,7 +117,7 @@ def side_by_side(described: Iterable[tuple[str, Description]]) -> str:
     lines = {
         "parameters": lambda d: f"{d.parameters / 1e9:.2f} B",
         "active for a token": lambda d: f"{d.active / 1e9:.2f} B",
-        "cache for a token, bfloat16": lambda d: f"{d.cache_bytes / d.context / 1024:.1f} KiB",
+        "cache for a token, bfloat16": of_cache,
         f"reading a text of {context} tokens, each": lambda d: f"{d.read_operations / 1e9:.0f} GFLOP",
         f"naming a token after {context}": lambda d: f"{d.step_operations / 1e9:.0f} GFLOP",
     }

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 from hf_arch import ARCHITECTURES, Architecture
+from hf_arch.modeling.hierarchical.hnet.modeling_hnet import DynamicChunking
 from hf_arch.modeling.layers.centroids import Centroids
 from hf_arch.modeling.layers.early_exit import EarlyExitView
 from hf_arch.modeling.layers.retrieval_attention import RetrievalAttention
@@ -140,10 +141,31 @@ VARIANTS = {
         | {"feed_forward_types": ["gated", "sparse", "dense"], "num_local_experts": 4, "norm_type": "rms_norm"}
         | {"mlp_bias": False},
     },
+    "megabyte": {
+        "three_levels": {"patch_sizes": [4, 3], "global_hidden_sizes": [16, 48], "num_hidden_layers": 4}
+        | {"layer_types": ["causal_window_attention", *["patch_attention"] * 3], "sliding_window": 3}
+        | {"layer_levels": [2, 1, 0, 0], "position_type": "learned", "attention_bias": True, "mlp_bias": False}
+        | {"feed_forward_types": ["gated", "sparse", "dense", "gated"], "num_local_experts": 4},
+    },
+    "hnet": {
+        "two_stages": {"inner_hidden_sizes": [32, 48], "num_hidden_layers": 7, "layer_levels": [0, 1, 1, 2, 1, 1, 0]}
+        | {
+            "layer_types": ["ssd", "causal_window_attention", "ssd", "ragged_attention"]
+            + ["ssd", "causal_window_attention", "ssd"],
+            "sliding_window": 9,
+            "num_key_value_heads": 2,
+        }
+        | {"feed_forward_types": ["none", "gated", "none", "gated", "none", "sparse", "none"], "num_local_experts": 4},
+    },
     "hat": {
         "one_level": {"segment_lengths": [], "layer_types": ["level_0"] * 3},
         "three_levels": {"segment_lengths": [5, 4], "num_hidden_layers": 5}
         | {"layer_types": ["level_0", "level_1", "level_2", "level_1", "level_0"]},
+        "top_down": {"segment_lengths": [5, 4], "num_hidden_layers": 7, "shared_levels": True}
+        | {"layer_types": ["level_0", "level_1", "level_0", "level_2", "down_1", "down_2", "pool_1"]},
+        "han": {"layer_types": ["gru_0", "pool_0", "gru_1", "pool_1", "gru_0"], "num_hidden_layers": 5}
+        | {"feed_forward_types": ["none"] * 5, "position_type": "none", "residual_type": "replaced"}
+        | {"embedding_norm": False, "document_pooling": "leader"},
     },
     "encoder_decoder": {
         "vaswani": {"position_type": "sinusoidal", "residual_type": "post_norm", "norm_type": "layer_norm"}
@@ -331,7 +353,7 @@ def held_choices():
     held = {}
     kinds = TopKRouter, HierarchicalRouter, ExpertChoiceRouter, LSHAttention, RetrievalAttention
     choices = *((kind, "choose") for kind in kinds), (Centroids, "nearest")
-    choices += ((RoutedView, "decide"), (EarlyExitView, "decide"))
+    choices += ((RoutedView, "decide"), (EarlyExitView, "decide"), (DynamicChunking, "decide"))
 
     def first(choose):
         return lambda self, scores, *of: held.setdefault((self, scores.shape[:-1]), choose(self, scores, *of))
@@ -372,6 +394,12 @@ def inputs_and_labels(case: Case, model: nn.Module) -> dict[str, torch.Tensor]:
         return {"input_ids": some_tokens(4).view(2, 2, -1), "labels": torch.tensor([0, 1])}
     if case.head == "ForTokenClassification":
         return {"input_ids": tokens, "labels": tokens % 2}
+    if case.head == "ForSegmentClassification":
+        return {"input_ids": tokens, "labels": torch.tensor([[0, 1, 1, 0, 1], [1, 0, -100, 1, 0]])}
+    if case.head == "ForPreTraining":
+        hidden = torch.zeros_like(tokens)
+        hidden[0, 16] = hidden[:, 48] = 1
+        return {"input_ids": tokens, "labels": tokens, "original_ids": tokens.flip(0), "hidden_segments": hidden}
     if case.head == "Model" and model.config.is_encoder_decoder:
         return {"input_ids": tokens, "decoder_input_ids": tokens[:, :30]}
     return {"input_ids": tokens} | ({} if case.head in ("Model", "EncoderModel") else {"labels": tokens})

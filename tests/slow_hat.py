@@ -30,16 +30,47 @@ def norm(weights, name, x, eps):
     return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
 
-def encoder(weights, prefix, names, x, heads, eps):
-    """A layer of BERT on one text x [tokens, size]."""
-    name = {part: prefix + name for part, name in names.items()}
-    answers = []
-    query, key, value = (linear(weights, name[part], x).chunk(heads, dim=-1) for part in ("query", "key", "value"))
-    for q, k, v in zip(query, key, value, strict=True):
-        answers.append((q @ k.T / math.sqrt(q.shape[-1])).softmax(-1) @ v)
-    x = norm(weights, name["norm"], x + linear(weights, name["output"], torch.cat(answers, -1)), eps)
+def attention(weights, name, x, others, heads):
+    """Each of x [tokens, size] asks the `others`."""
+    query = linear(weights, name["query"], x).chunk(heads, dim=-1)
+    key, value = (linear(weights, name[part], others).chunk(heads, dim=-1) for part in ("key", "value"))
+    answers = [(q @ k.T / math.sqrt(q.shape[-1])).softmax(-1) @ v for q, k, v in zip(query, key, value, strict=True)]
+    return linear(weights, name["output"], torch.cat(answers, -1))
+
+
+def post_norm(weights, name, x, answer, eps):
+    """What a layer of BERT makes of x and what its attention answers."""
+    x = norm(weights, name["norm"], x + answer, eps)
+    if f"{name['up']}.weight" not in weights:
+        return x
     inner = linear(weights, name["down"], F.gelu(linear(weights, name["up"], x)))
     return norm(weights, name["last_norm"], x + inner, eps)
+
+
+def encoder(weights, prefix, names, x, heads, eps, others=None):
+    """A layer of BERT on one text x [tokens, size], which asks the `others`, or itself."""
+    name = {part: prefix + name for part, name in names.items()}
+    answer = attention(weights, name, x, x if others is None else others, heads)
+    return post_norm(weights, name, x, answer, eps)
+
+
+def pooling(weights, prefix, x):
+    """Equations 5 to 7 of HAN: one vector of a text."""
+    share = (linear(weights, f"{prefix}mixer.in_proj", x).tanh() @ weights[f"{prefix}mixer.question"]).softmax(0)
+    return (share[:, None] * x).sum(0)
+
+
+def gru(weights, prefix, x):
+    """Torch's own, on one text."""
+    dim = x.shape[-1] // 2
+    unit = torch.nn.GRU(2 * dim, dim, bidirectional=True, dtype=x.dtype)
+    for side, end in enumerate(("_l0", "_l0_reverse")):
+        part = slice(side * 3 * dim, (side + 1) * 3 * dim)
+        getattr(unit, "weight_ih" + end).data = weights[f"{prefix}mixer.in_proj.weight"][part]
+        getattr(unit, "bias_ih" + end).data = weights[f"{prefix}mixer.in_proj.bias"][part]
+        getattr(unit, "weight_hh" + end).data = weights[f"{prefix}mixer.state_weight"][side]
+        getattr(unit, "bias_hh" + end).data = weights[f"{prefix}mixer.state_bias"][side]
+    return unit(x)[0].detach()
 
 
 def segments_of(length: int, marks: list[int], level_lengths: list[int]) -> list[list[list[int]]]:
@@ -57,20 +88,44 @@ def segments_of(length: int, marks: list[int], level_lengths: list[int]) -> list
     return levels
 
 
+def tokens_below(segments: list[list[int]], length: int) -> list[list[int]]:
+    firsts = [segment[0] for segment in segments]
+    return [list(range(start, end)) for start, end in zip(firsts, [*firsts[1:], length], strict=True)]
+
+
+def slow_layer(weights, config, prefix, kind, stream, levels) -> None:
+    """One layer, written into the stream [length, size]."""
+    part, level = kind.split("_")
+    heads, eps = config.num_attention_heads, config.norm_eps
+    table = weights.get(f"embed_positions.levels.{level}.weight")
+    for segment, below in zip(levels[int(level)], tokens_below(levels[int(level)], len(stream)), strict=True):
+        x = stream[segment]
+        if part in ("level", "gru") and level != "0" and table is not None:
+            x = x + table[: len(segment)]
+        if part == "level":
+            stream[segment] = encoder(weights, prefix, OURS, x, heads, eps)
+        elif part == "down":
+            stream[below] = encoder(weights, prefix, OURS, stream[below], heads, eps, x)
+        elif part == "gru":
+            stream[segment] = gru(weights, prefix, x)
+        elif config.residual_type == "replaced":
+            stream[segment[0]] = pooling(weights, prefix, x)
+        else:
+            name = {part: prefix + name for part, name in OURS.items()}
+            stream[segment[0]] = post_norm(weights, name, x[0], pooling(weights, prefix, x), eps)
+
+
 def slow_hat(weights, config, ids: torch.Tensor, marks: list[int] | None = None) -> torch.Tensor:
     """The last hidden states [length, size] of our model with the parameters `weights`, for ids [length]."""
     levels = segments_of(len(ids), marks or [0] * len(ids), config.level_lengths)
-    tables = [weights[f"embed_positions.levels.{level}.weight"] for level in range(len(levels))]
     stream = weights["embed_tokens.weight"][ids]
-    for segment in levels[0]:
-        stream[segment] = stream[segment] + tables[0][: len(segment)]
-    stream = norm(weights, "embed_norm", stream, config.norm_eps)
-    for number, kind in enumerate(config.layer_types):
-        level = int(kind.removeprefix("level_"))
-        for segment in levels[level]:
-            x = stream[segment] + (tables[level][: len(segment)] if level else 0)
-            told = (OURS, x, config.num_attention_heads, config.norm_eps)
-            stream[segment] = encoder(weights, f"layers.{number}.", *told)
+    if "embed_positions.levels.0.weight" in weights:
+        for segment in levels[0]:
+            stream[segment] = stream[segment] + weights["embed_positions.levels.0.weight"][: len(segment)]
+    if config.embedding_norm:
+        stream = norm(weights, "embed_norm", stream, config.norm_eps)
+    for group, kind in zip(config.layer_groups, config.layer_types, strict=True):
+        slow_layer(weights, config, f"layers.{group}.", kind, stream, levels)
     return stream
 
 

@@ -5,6 +5,9 @@ import math
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from hf_arch import fork
+from promises import some_tokens
+
 LENGTHS = (512, 2048)
 
 
@@ -30,7 +33,7 @@ def test_operations_and_memory_are_linear_in_the_length(model_case):
     model = tiny(model_case)
 
     def flops(length):
-        return operations(model, torch.full((1, length), 5))
+        return operations(model, some_tokens(1, length))
 
     def largest(length):  # the largest tensor that a layer makes, in numbers
         sizes = []
@@ -42,7 +45,7 @@ def test_operations_and_memory_are_linear_in_the_length(model_case):
                 return out
 
         with Watch():
-            model(torch.full((1, length), 5), use_cache=False)
+            model(some_tokens(1, length), use_cache=False)
         return max(sizes)
 
     with model_case.keeps("linear cost"):
@@ -55,11 +58,13 @@ def test_a_step_costs_the_same_after_a_long_context(row_case):
     model = tiny(row_case)
     model.set_attn_implementation("eager")
 
-    def flops(length):
-        cache = model(torch.full((1, length), 5), use_cache=True).past_key_values
-        with FlopCounterMode(display=False) as counter:
-            model(torch.full((1, 1), 5), past_key_values=cache)
-        return counter.get_total_flops()
+    def flops(length):  # of the dearest of some steps: which layers run may rest on the token
+        cache, found = model(some_tokens(1, length), use_cache=True).past_key_values, []
+        for token in range(3, 96, 24):
+            with FlopCounterMode(display=False) as counter:
+                model(torch.full((1, 1), token), past_key_values=fork(cache))
+            found.append(counter.get_total_flops())
+        return max(found)
 
     with row_case.keeps("bounded step"):
         assert exponent(flops) < 0.02

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import one_hot
 
-from benchmarks.experiments import context, evaluation_speed, induction, page, passkey, recall
+from benchmarks.experiments import context, evaluation_speed, induction, levels, page, passkey, recall
 from benchmarks.experiments.contenders import CONTENDERS, chosen
 from benchmarks.experiments.experiment import Experiment, keep, load, main
 from benchmarks.experiments.training import IGNORED, Batch, Schedule, accuracy, answers, train
@@ -226,6 +226,14 @@ def test_a_memory_is_quicker_to_evaluate_with(tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaluation_speed.main(["--lengths", "100"])
     assert "more than the 128 tokens" in capsys.readouterr().err
+
+
+def test_levels_are_timed(tmp_path):
+    levels.main(["--lengths", "2048", "--rounds", "1", "--output", str(tmp_path)])
+    found = levels.load(tmp_path)
+    assert found["turns"]["whole"] > 2 * found["turns"]["10"]
+    assert f"| 2048 | {found['seconds']['2048']['two']:.2f} |" in levels.section(found)
+    assert "Not run yet" in levels.section(None)
 
 
 def test_mistakes_in_the_command_are_explained(capsys):

@@ -74,6 +74,7 @@ def test_embeddings_of_segments_and_documents():
     assert_close(found.pooler_output, found.segment_embeddings.amax(1))
     assert found.segment_mask.all() and found.segment_mask.shape == (2, 5)
     assert found[1] is found.pooler_output
+    assert torch.equal(found.level_embeddings, found.segment_embeddings[:, None])
     assert_close(model(tokens, return_dict=False)[1], found.pooler_output)
     assert isinstance(model(tokens, return_dict=False), tuple)
 
@@ -139,6 +140,9 @@ def test_what_cannot_be_said_of_segments():
         ({"segment_lengths": [4, 4]}, "No layer works at level_2: name it in layer_types"),
         ({"layer_types": ["level_0", "level_3", "level_0"]}, "level_3; hf_arch_hat knows level_0, level_1"),
         ({"layer_types": ["level_1"] * 3}, "No layer works at level_0"),
+        ({"layer_types": ["pool_0", "level_1", "down_1"]}, "No layer works at level_0"),
+        ({"residual_type": "pre"}, "residual_type 'pre' is unknown; there are post_norm, replaced"),
+        ({"layer_types": ["gru_0", "gru_1", "gru_0"], "hidden_size": 25, "num_attention_heads": 5}, "25 is odd"),
     ],
 )
 def test_configurations_that_cannot_be(fields, said):
@@ -180,3 +184,21 @@ def test_choices_are_scored_as_texts_of_their_own():
     told = {"labels": torch.tensor([2, 0]), "num_items_in_batch": 8}  # of all pieces of an accumulated batch
     pieces = model(tokens, attention_mask=mask, segment_starts=starts, **told)
     assert_close(pieces.loss, found.loss * 2 / 8)
+
+
+@torch.no_grad()
+def test_a_score_for_each_segment():
+    told = {"segment_starts": (torch.arange(70) % 30 == 0).long().expand(2, -1)}  # of 16, 14, 16, 14 and 10 tokens
+    model, tokens = build("ForSegmentClassification", num_labels=3), some_tokens()
+    labels = torch.tensor([[0, 2, 1, -100, 1], [2, 2, -100, 0, 1]])
+    found = model(tokens, labels=labels, **told)
+    expected = model.score(model.model(tokens, **told).segment_embeddings)
+    assert_close(found.logits, expected)
+    assert_close(found.loss, torch.nn.functional.cross_entropy(expected.flatten(0, 1), labels.flatten()))
+    assert_close(model(tokens, labels=labels, num_items_in_batch=16, **told).loss, found.loss / 2)
+    chooses = build("ForSegmentClassification", num_labels=1)
+    found = chooses(tokens, labels=(labels > 0).float(), **told)
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(found.logits[..., 0], (labels > 0).double())
+    assert_close(found.loss, loss)
+    with pytest.raises(ValueError, match=r"labels are \[2, 70\], but the segments \[2, 5\]: one for each segment"):
+        model(tokens, labels=tokens, **told)

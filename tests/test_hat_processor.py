@@ -126,3 +126,21 @@ def test_what_it_cannot_do(make, tokenizer):
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, unk_token="<unk>")
     with pytest.raises(ValueError, match="no cls_token, and no bos_token"):
         ROW.load("Processor")(bare)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_labels_of_segments_go_with_them(make, tokenizer, side, monkeypatch):
+    monkeypatch.setattr(tokenizer, "padding_side", side)
+    processor, texts = make(), [["a", "b c d e f", "g"], ["h"]]
+    batch = processor(texts, padding=True, return_tensors="pt", segment_labels=[[0, 1, 0], [1]])
+    assert batch["labels"].tolist() == [[0, 1, -100, 0], [1, -100, -100, -100]]
+    model = Case(ROW, "ForSegmentClassification").build()
+    assert model(**batch).logits.shape == (2, 4, 2)
+    rows = [
+        dict(processor([text], segment_labels=[label])) for text, label in zip(texts, [[0, 1, 0], [1]], strict=True)
+    ]
+    rows = [{name: value[0] for name, value in row.items()} for row in rows]
+    for name, tensor in DataCollatorWithPadding(processor)(rows).items():
+        assert torch.equal(batch[name], tensor)
+    with pytest.raises(ValueError, match="lists of segments, one for each"):
+        processor(texts, segment_labels=[[0], [1]])

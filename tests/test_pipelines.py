@@ -40,6 +40,10 @@ def test_every_head_has_its_pipeline(head_case, tokenizer, tmp_path):
             assert torch.equal(together[:1], alone)
         elif head_case.head == "ForMultipleChoice":
             assert model(**{name: x[None] for name, x in inputs.items()}).logits.shape == (1, 2)
+        elif head_case.head == "ForSegmentClassification":
+            assert model(**inputs).logits.shape == (2, 1, 2)
+        elif head_case.head == "ForPreTraining":
+            assert model(**inputs).logits.shape == (2, 5, 96)
         else:
             assert head_case.head == "ForQuestionAnswering"
             assert model(**inputs).start_logits.shape == inputs["input_ids"].shape

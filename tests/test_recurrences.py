@@ -22,6 +22,7 @@ from hf_arch.modeling.ops.long_convolution import long_convolution, recurrent_lo
 from hf_arch.modeling.ops.low_rank_state_space import chunk_low_rank_state_space, recurrent_low_rank_state_space
 from hf_arch.modeling.ops.retention import chunk_retention, recurrent_retention
 from hf_arch.modeling.ops.selective_scan import chunk_selective_scan, recurrent_selective_scan
+from hf_arch.modeling.ops.smoothing import chunk_smoothing, recurrent_smoothing
 from hf_arch.modeling.ops.token_shift import recurrent_token_shift, token_shift
 from hf_arch.modeling.ops.wkv import chunk_wkv, recurrent_wkv
 
@@ -50,6 +51,11 @@ class Op:
 
     def cut(self, tensors: list[torch.Tensor], part: slice) -> list[torch.Tensor]:
         return [x if n in self.fixed else x[:, part] for n, x in enumerate(tensors)]
+
+
+def of_rates(form: Callable) -> Callable:
+    """A moving average by real tensors: rates are more than 0 and less than 1."""
+    return lambda value, rate, **options: form(value, rate.sigmoid(), **options)
 
 
 def of_numbers(form: Callable) -> Callable:
@@ -134,6 +140,7 @@ OPS = {
         signs={3: -1},
         decays=3,
     ),
+    "smoothing": Op(of_rates(recurrent_smoothing), of_rates(chunk_smoothing), ((5,), ()), (5,)),
     "linear_attention": Op(
         recurrent_linear_attention,
         chunk_linear_attention,

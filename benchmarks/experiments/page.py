@@ -11,6 +11,7 @@ from benchmarks.experiments import (
     evaluation_speed,
     hash_rounds,
     induction,
+    levels,
     passkey,
     recall,
     selective_copying,
@@ -35,7 +36,8 @@ with learning rates that were searched for: what should be compared is who solve
 
 def page(folder: Path = RESULTS) -> str:
     trained = [section(experiment, load(experiment.name, folder)) for experiment in EXPERIMENTS]
-    return "\n\n".join([INTRODUCTION, *trained, evaluation_speed.section(evaluation_speed.load(folder))])
+    timed = [module.section(module.load(folder)) for module in (evaluation_speed, levels)]
+    return "\n\n".join([INTRODUCTION, *trained, *timed])
 
 
 def section(experiment: Experiment, runs: Sequence[dict]) -> str:

@@ -13,8 +13,10 @@ from typing import NamedTuple
 from torch import nn
 
 from hf_arch.modeling.hierarchical.hat.modeling_hat import ArchHatModel
-from hf_arch.modeling.layers.attention import Attention
+from hf_arch.modeling.layers.attention import Attention, CrossAttention
+from hf_arch.modeling.layers.attention_pooling import AttentionPooling
 from hf_arch.modeling.layers.feed_forward import MLP
+from hf_arch.modeling.layers.gated_recurrence import BidirectionalGRU
 from hf_arch.modeling.layers.latent_attention import LatentAttention
 from hf_arch.modeling.layers.mixer import Mixer
 from hf_arch.modeling.layers.routed_view import RoutedView
@@ -88,15 +90,40 @@ def routed(module: Layer, span: Span) -> Cost:
 
 @cost.register
 def hierarchy(module: ArchHatModel, span: Span) -> Cost:
-    """Each layer reads the members of its level, a segment at a time."""
-    total = Cost()
-    for layer, kind in zip(module.layers, module.config.layer_types, strict=True):
-        level = module.config.layer_kinds.index(kind)
-        lengths = module.config.level_lengths
-        whole, rest = divmod(math.ceil(span.tokens / math.prod(lengths[:level])), lengths[level])
-        total = sum([cost(layer, Span(lengths[level]))] * whole, total)
-        total += cost(layer, Span(rest)) if rest else Cost()
+    """Each layer works at its level, a segment at a time."""
+    config, total = module.config, Cost()
+    for group, kind in zip(config.layer_groups, config.layer_types, strict=True):
+        part, level = config.part_and_level(kind)
+        length = config.level_lengths[level]
+        whole, rest = divmod(math.ceil(span.tokens / math.prod(config.level_lengths[:level])), length)
+        for members, segments in ((length, whole), (rest, 1 if rest else 0)):
+            below = members * math.prod(config.level_lengths[:level])
+            told = {"pool": Span(1, members), "down": Span(below, members)}.get(part, Span(members))
+            total = sum([cost(module.layers[group], told)] * segments, total)
     return total
+
+
+@cost.register
+def cross_attention(module: CrossAttention, span: Span) -> Cost:
+    """Tokens that ask as many others as the span says were before."""
+    size, kept = module.q_proj.out_features, module.k_proj.weight.numel() + module.v_proj.weight.numel()
+    asked = linear(module.q_proj, span) + linear(module.o_proj, span)
+    pairs, heads = span.tokens * span.before, size // module.head_dim
+    return asked + Cost(2 * kept * span.before + 4 * pairs * size, pairs * heads, kept)
+
+
+@cost.register
+def attention_pooling(module: AttentionPooling, span: Span) -> Cost:
+    size = module.in_proj.out_features
+    made = linear(module.in_proj, Span(span.before))
+    return made + Cost(4 * span.before * size, span.before * (size + 1))
+
+
+@cost.register
+def bidirectional_gru(module: BidirectionalGRU, span: Span) -> Cost:
+    numbers = module.state_weight.numel()
+    made = Cost(2 * numbers * span.tokens, 3 * module.in_proj.out_features // 6 * 2 * span.tokens, numbers)
+    return linear(module.in_proj, span) + made
 
 
 @cost.register

@@ -2,18 +2,22 @@
 
 import math
 
-from hf_arch.bench.costs import Cost, Span, cost
+from hf_arch.bench.costs import Cost, Span, cost, projections, visible_pairs
+from hf_arch.modeling.hierarchical.hnet.modeling_hnet import ArchHNetModel
 from hf_arch.modeling.hierarchical.hourglass.modeling_hourglass import ArchHourglassModel, HourglassResampling
+from hf_arch.modeling.hierarchical.megabyte.modeling_megabyte import ArchMegaByteModel, MegaByteResampling
+from hf_arch.modeling.layers.patch_attention import PatchAttention
+from hf_arch.modeling.skeleton.hierarchy import Hierarchy
 
 
-def often(span: Span, tokens: int) -> float:
+def often(span: Span, tokens: float) -> float:
     """How often a pass reads anything of a level whose items are of so many `tokens`; a step, once for all of them."""
     return 1 / tokens if span.tokens == 1 else 1
 
 
-def items(span: Span, tokens: int) -> Span:
+def items(span: Span, tokens: float) -> Span:
     """The items of a level where there are some."""
-    return Span(math.ceil(span.tokens / tokens), span.before // tokens)
+    return Span(math.ceil(span.tokens / tokens), int(span.before // tokens))
 
 
 def times(share: float, whole: Cost) -> Cost:
@@ -22,7 +26,23 @@ def times(share: float, whole: Cost) -> Cost:
 
 @cost.register
 def hourglass(module: ArchHourglassModel, span: Span) -> Cost:
-    total, factors = Cost(), module.config.shorten_factors
+    return stages(module, module.config.shorten_factors, span)
+
+
+@cost.register
+def megabyte(module: ArchMegaByteModel, span: Span) -> Cost:
+    return stages(module, module.config.patch_sizes, span)
+
+
+@cost.register
+def hnet(module: ArchHNetModel, span: Span) -> Cost:
+    """Where chunks are as long as the ratio loss asks them to be."""
+    return stages(module, module.config.target_ratios, span)
+
+
+def stages(module: Hierarchy, factors: list[float], span: Span) -> Cost:
+    """Of a model in which so many items of a level are one of the next."""
+    total = Cost()
     for layer, level in zip(module.layers, module.config.layer_levels, strict=True):
         tokens = math.prod(factors[:level])
         total += times(often(span, tokens), cost(layer, items(span, tokens)))
@@ -43,3 +63,27 @@ def resampling(module: HourglassResampling, span: Span) -> Cost:
         parts += [cost(down.k_proj, group), cost(down.v_proj, group), cost(module.down_feed_forward, shorter)]
         total += times(share, sum(parts, Cost())) + cost(module.up_feed_forward, span)
     return total
+
+
+@cost.register
+def of_patches(module: MegaByteResampling, span: Span) -> Cost:
+    """Each item of a patch is told its part of the answer, all when the patch begins."""
+    patches = items(span, module.patch_size)
+    told = cost(module.answer_proj, Span(patches.tokens * module.patch_size))
+    return times(often(span, module.patch_size), told)
+
+
+@cost.register
+def within_patches(module: PatchAttention, span: Span) -> Cost:
+    size = module.config.patch_size
+    if span.tokens == 1:
+        pairs = visible_pairs(Span(1, span.before % size))
+    else:
+        whole, rest = divmod(span.tokens, size)
+        pairs = whole * visible_pairs(Span(size)) + visible_pairs(Span(rest))
+    width = module.q_proj.out_features
+    return projections(module, span) + Cost(
+        operations=4 * pairs * width,
+        exponentials=pairs * width // module.head_dim,
+        numbers=size * (module.k_proj.out_features + module.v_proj.out_features),
+    )

@@ -91,6 +91,23 @@ PEERS = (
             unaided=("hourglass-transformer-pytorch==0.0.6", "einops==0.8.2"),
         ),
     ),
+    Peer(
+        "megabyte_package",
+        "megabyte",
+        "lucidrains:MegaByte",
+        {"patch_size": 8},
+        measures=FORWARD,
+        environment=Environment(
+            "megabyte_package",
+            unaided=("MEGABYTE-pytorch==0.3.6", "einops==0.8.2", "beartype==0.22.4", "tqdm==4.67.1"),
+        ),
+    ),
+    Peer(
+        "flat_transformer",  # ours, of as many parameters
+        "megabyte",
+        "hugging_face:AsLarge",
+        {"row": "transformer", "head": "ForCausalLM", "like": "megabyte"},
+    ),
     Peer("longformer", "hat", "hugging_face:Transformers", LONGFORMER, measures=FORWARD),
     Peer("longformer_chunks", "longformer", "hugging_face:Transformers", LONGFORMER, measures=FORWARD),
     Peer("gpt_neo", "sparse_transformer", "hugging_face:GPTNeo", GPT_NEO, measures=FORWARD),  # no cache of its windows

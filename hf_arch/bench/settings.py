@@ -42,6 +42,8 @@ MEASURED_AS = {
         "layer_types": ["routed_attention"] * shape["num_hidden_layers"],
     },
     "hourglass": lambda shape: {"shorten_factors": [4]},
+    # Without training, chunks begin at every other token
+    "hnet": lambda shape: {"inner_hidden_sizes": [shape["hidden_size"]], "target_ratios": [2.0]},
 }
 UNBOUNDED_CONTEXT = 16384  # the longest context for rows whose state grows with it: reading it is quadratic
 

@@ -218,6 +218,7 @@ RECURRENT = (
     "local_attention",
     "lsh_attention",
     "modal_hyena",
+    "patch_attention",
     "retention",
     "retrieval_attention",
     "routing",
@@ -288,17 +289,3 @@ def growing(cache: Cache) -> Cache:
     fresh = (type(layer) is DynamicLayer and not layer.is_initialized for layer in cache.layers)
     cache.layers = [GrowingCacheLayer() if new else layer for layer, new in zip(cache.layers, fresh, strict=True)]
     return cache
-
-
-class LatentCacheLayer(GrowingCacheLayer):
-    """A latent and a rotated key of each token, [batch, 1, length, dim], in the place of key and value."""
-
-
-class StaticLatentCacheLayer(StaticLayer):
-    """The same at fixed addresses. A config does not tell these sizes by the names of other attention."""
-
-    supports_early_init = False
-
-
-DYNAMIC_LAYER_TYPE_MAPPING["latent_attention"] = LatentCacheLayer
-STATIC_LAYER_TYPE_MAPPING["latent_attention"] = StaticLatentCacheLayer

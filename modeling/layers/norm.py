@@ -1,4 +1,5 @@
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -12,3 +13,12 @@ class RMSNorm(nn.RMSNorm):
             return super().forward(x)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return (x * length.square_().mul_(1 / x.shape[-1]).add_(self.eps).rsqrt_()).mul_(self.weight)
+
+
+class WideRMSNorm(RMSNorm):
+    """The same of what is wider than the weight, computed as wide as that; the answer is of the type of the weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)

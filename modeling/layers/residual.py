@@ -50,6 +50,14 @@ class PreNorm(Residual):
         return stream
 
 
+class WidePreNorm(PreNorm):
+    """The same, on a stream in float32 at least, whatever the type of the weights: for norms that answer in that."""
+
+    @staticmethod
+    def enter(hidden_states):
+        return hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+
+
 class PostNorm(Residual):
     """norm(x + f(x)): the first Transformer, GPT-1, BERT."""
 
@@ -58,6 +66,20 @@ class PostNorm(Residual):
     def forward(self, stream, sublayers, **context):
         for name, sublayer in sublayers.items():
             stream = self.norm[name](stream + self.dropout(sublayer(stream, **context)))
+        return stream
+
+
+class Replaced(Residual):
+    """f(x) takes the place of x: encoders on top of one another."""
+
+    final_norm = False
+
+    def __init__(self, config, names, norm):
+        super().__init__(config, (), norm)
+
+    def forward(self, stream, sublayers, **context):
+        for sublayer in sublayers.values():
+            stream = self.dropout(sublayer(stream, **context))
         return stream
 
 

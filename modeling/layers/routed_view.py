@@ -104,7 +104,7 @@ class RoutedView(View):
 
     def work_on(self, rows: ChosenRows, stream, inside, weight, memory: ChosenCacheLayer | None, context: dict):
         """Only what is chosen is computed, as left-aligned rows."""
-        if rows.nothing and not torch.is_grad_enabled():
+        if rows.nothing and not torch.is_grad_enabled() and not context.get("output_router_logits"):
             return stream
         tokens = rows.take(stream)
         positions = context["position_embeddings"]

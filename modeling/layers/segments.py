@@ -5,6 +5,7 @@ segment of the last level is the document. A segment starts where a document doe
 the one before has reached its length.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,69 +14,126 @@ import torch
 from ..ops.documents import EvenlyUnpacked, Unpacked, document_starts, left_aligned
 
 
-class Hierarchy(NamedTuple):
-    """levels: the members of each level's segments, as rows.
-    leaders: those of level 0, a row per document.
-    places: [batch or 1, length] the place of each token in its segment of level 0."""
+class EvenHierarchy(NamedTuple):
+    """Whole rows cut at equal lengths."""
 
-    levels: list[Unpacked | EvenlyUnpacked]
-    leaders: Unpacked | EvenlyUnpacked
-    places: torch.Tensor
+    batch: int
+    length: int
+    device: torch.device
+    lengths: tuple[int, ...]  # the most members of a segment, of each level
+
+    def stride(self, level: int) -> int:
+        """How far apart the members of a level are."""
+        return math.prod(self.lengths[:level])
+
+    def rows(self, stride: int, size: int) -> EvenlyUnpacked:
+        return EvenlyUnpacked(stride, min(size, -(-self.length // stride)), self.batch, self.length, self.device)
+
+    def members(self, level: int) -> EvenlyUnpacked:
+        """Each segment of a level as a row of its members."""
+        return self.rows(self.stride(level), self.lengths[level])
+
+    def tokens(self, level: int) -> EvenlyUnpacked:
+        """Each segment of a level as a row of all tokens below it."""
+        return self.rows(1, self.stride(level + 1))
+
+    def first(self, level: int) -> EvenlyUnpacked:
+        """Each segment of a level as a row of its leader alone."""
+        return self.rows(self.stride(level + 1), 1)
+
+    def leaders(self, level: int) -> EvenlyUnpacked:
+        """Each document as a row of the leaders of its segments of a level."""
+        return self.rows(self.stride(level + 1), self.length)
+
+    @property
+    def places(self) -> torch.Tensor:
+        """[1, length] the place of each token in its segment of level 0."""
+        return torch.arange(self.length, device=self.device)[None] % self.lengths[0]
+
+
+class GivenHierarchy(NamedTuple):
+    """The same of rows of any make: padded, packed, with segments of the caller's."""
+
+    shape: tuple[int, int]  # batch, length
+    token: torch.Tensor  # [tokens] index of each real token in the flattened batch
+    begins: list[torch.Tensor]  # of each level, [tokens] whether a segment begins there
+    below: torch.Tensor | None  # [tokens] whether levels below the last have a token; None: they have all
+
+    def rows(self, chosen: torch.Tensor | None, starts: torch.Tensor, level: int) -> Unpacked:
+        """The `chosen` tokens (None: all), in rows that begin where `starts` says."""
+        if self.below is not None and level < len(self.begins) - 1:
+            chosen = self.below if chosen is None else chosen & self.below
+        token, starts = (self.token, starts) if chosen is None else (self.token[chosen], starts[chosen])
+        return left_aligned(token, starts, self.shape[1])
+
+    def members(self, level: int) -> Unpacked:
+        return self.rows(self.begins[level - 1] if level else None, self.begins[level], level)
+
+    def tokens(self, level: int) -> Unpacked:
+        return self.rows(self.below, self.begins[level], level)
+
+    def first(self, level: int) -> Unpacked:
+        return self.rows(self.begins[level], self.begins[level], level)
+
+    def leaders(self, level: int) -> Unpacked:
+        return self.rows(self.begins[level], self.begins[-1], len(self.begins) - 1)
+
+    @property
+    def places(self) -> torch.Tensor:
+        rows = self.members(0)
+        places = torch.zeros(self.shape, dtype=torch.long, device=self.token.device)
+        return places.flatten().index_put((rows.token,), rows.place).view(self.shape)
+
+
+Hierarchy = EvenHierarchy | GivenHierarchy
 
 
 def find_segments(
-    tokens: torch.Tensor, documents: torch.Tensor | None, starts: torch.Tensor | None, lengths: Sequence[int]
+    tokens: torch.Tensor,
+    documents: torch.Tensor | None,
+    starts: torch.Tensor | None,
+    lengths: Sequence[int],
+    carried: int = 0,
 ) -> Hierarchy:
     """The hierarchy of a batch `tokens` [batch, length, ...].
 
     documents: [batch, length] as in `ops/documents.py`.
     starts: [batch, length] at each token, how many levels begin a segment there (1: a sentence, 2: also a paragraph).
     lengths: the most members of a segment, of each level.
+    carried: how many columns at the beginning are no tokens, but members of the last level that were read before.
 
     Raises ValueError where a document has more segments than the last level holds, or a row is all padding.
     """
-    if documents is None and starts is None:
-        return even_segments(tokens, lengths)
-    if documents is None:
-        documents = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
-    return given_segments(documents, starts, lengths)
-
-
-def even_segments(tokens: torch.Tensor, lengths: Sequence[int]) -> Hierarchy:
-    """Whole rows cut at equal lengths."""
     batch, length = tokens.shape[:2]
-
-    def level(stride: int, size: int) -> EvenlyUnpacked:
-        return EvenlyUnpacked(stride, min(size, -(-length // stride)), batch, length, tokens.device)
-
-    levels, stride = [], 1
-    for size in lengths:
-        levels.append(level(stride, size))
-        stride *= size
-    check_members(levels[-1].tokens, lengths)
-    places = torch.arange(length, device=tokens.device)[None] % levels[0].size
-    return Hierarchy(levels, level(lengths[0], length), places)
+    if documents is None and starts is None:
+        text: Hierarchy = EvenHierarchy(batch, length, tokens.device, tuple(lengths))
+        check_members(text.members(len(lengths) - 1).tokens, lengths)
+        return text
+    if documents is None:
+        documents = torch.ones(batch, length, dtype=torch.long, device=tokens.device)
+    text = given_segments(documents, starts, lengths, carried)
+    check_members(text.members(len(lengths) - 1).longest, lengths)
+    return text
 
 
-def given_segments(documents: torch.Tensor, starts: torch.Tensor | None, lengths: Sequence[int]) -> Hierarchy:
-    """Rows of any make: padded, packed, with segments of the caller's."""
-    batch, length = documents.shape
+def given_segments(
+    documents: torch.Tensor, starts: torch.Tensor | None, lengths: Sequence[int], carried: int
+) -> GivenHierarchy:
     token, fresh = document_starts(documents)
+    length = documents.shape[1]
     if not torch.compiler.is_compiling() and len(empty := (documents == 0).all(dim=1).nonzero()):
         raise ValueError(f"Row {int(empty[0])} has no real token: attention_mask hides all of it. Leave it out.")
     marks = torch.zeros_like(token) if starts is None else starts.flatten()[token]
-    levels, leaders = [], None
+    begins = []
+    members = torch.ones_like(fresh)
     for number, size in enumerate(lengths[:-1]):
-        begins = fresh | (marks > number)
-        begins = begins | (left_aligned(token, begins, length).place % size == 0)
-        levels.append(left_aligned(token, begins, length))
-        token, fresh, marks = token[begins], fresh[begins], marks[begins]
-        leaders = leaders or left_aligned(token, fresh, length)
-    levels.append(left_aligned(token, fresh, length))
-    leaders = leaders or left_aligned(token[fresh], fresh[fresh], length)
-    check_members(levels[-1].longest, lengths)
-    places = torch.zeros_like(documents).flatten().index_put((levels[0].token,), levels[0].place)
-    return Hierarchy(levels, leaders, places.view(batch, length))
+        starting = (fresh | (marks > number))[members]
+        starting = starting | (left_aligned(token[members], starting, length).place % size == 0)
+        begins.append(torch.zeros_like(fresh).index_put((members.nonzero().squeeze(-1),), starting))
+        members = begins[-1]
+    return GivenHierarchy(
+        tuple(documents.shape), token, [*begins, fresh], token % length >= carried if carried else None
+    )
 
 
 def check_members(members: int, lengths: Sequence[int]) -> None:

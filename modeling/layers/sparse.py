@@ -21,7 +21,7 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, config, layer_idx: int):
         super().__init__()
-        self.num_experts = config.num_local_experts  # of all processes
+        self.num_experts = config.num_local_experts  # `experts` may be this process's share of them
         self.router = self.router_class(config)
         self.experts = self.experts_class(config)
 
@@ -43,7 +43,6 @@ class SparseFeedForward(MixtureOfExperts):
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
         self.choices = RouterChoices()
-        self.num_experts = config.num_local_experts  # `experts` may be this process's share of them
         self.capacity_factor = {True: config.expert_capacity_factor, False: config.eval_capacity_factor}
 
     def evaluations(self, tokens):

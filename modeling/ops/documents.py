@@ -104,6 +104,10 @@ class EvenlyUnpacked(NamedTuple):
         return -(-self.length // self.stride)
 
     @property
+    def longest(self) -> int:
+        return self.size
+
+    @property
     def real(self) -> torch.Tensor | None:
         """[groups, size] whether a place of `unpack` holds a token; None where all do."""
         if self.tokens % self.size == 0:

@@ -175,7 +175,7 @@ class Backbone(ArchPreTrainedModel):
         """Embeddings [batch, length, size] -> the answer of the stack."""
         hidden_states, position_embeddings = self.embed_positions(hidden_states, position_ids)
         context["documents"] = masks.get("documents")
-        stream = self.residual.enter(self.dropout(self.embed_norm(hidden_states)))
+        stream = self.begin(self.dropout(self.embed_norm(hidden_states)), masks)
         for layer_idx, (group, kind) in enumerate(self.calls):
             stream = self.call_layer(
                 self.layers[group],
@@ -194,6 +194,10 @@ class Backbone(ArchPreTrainedModel):
     def call_layer(layer: Layer, stream: torch.Tensor, *args, **context) -> torch.Tensor:
         """Here checkpointing has let go of the stream: for what is made of it between layers."""
         return layer(stream, *args, **context)
+
+    def begin(self, hidden_states: torch.Tensor, masks: dict) -> torch.Tensor:
+        """The stream that the first layer reads."""
+        return self.residual.enter(hidden_states)
 
     def make_cache(self) -> Cache:
         if unknown := set(self.config.layer_types) - set(DYNAMIC_LAYER_TYPE_MAPPING):

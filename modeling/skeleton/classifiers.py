@@ -53,10 +53,25 @@ class Document(FirstToken):
         return torch.tanh(self.dense(outputs.pooler_output))
 
 
+class DocumentVector(nn.Module):
+    """What the backbone itself says of each document, as it is."""
+
+    def __init__(self, config: ArchConfig):
+        super().__init__()
+
+    def forward(self, outputs: ModelOutput, real: torch.Tensor | None) -> torch.Tensor:
+        return outputs.pooler_output
+
+
 class TextHead(Head):
     """A head that scores whole texts."""
 
-    poolers: ClassVar[dict[str, type[nn.Module]]] = {"last": LastToken, "first": FirstToken, "document": Document}
+    poolers: ClassVar[dict[str, type[nn.Module]]] = {
+        "last": LastToken,
+        "first": FirstToken,
+        "document": Document,
+        "document_vector": DocumentVector,
+    }
 
     def add_scores(self, config: ArchConfig, count: int, bias: bool = True) -> None:
         self.pooler = self.poolers[config.pooling](config)

@@ -64,8 +64,9 @@ class ConditionalGeneration(Head, GenerationMixin):
         """
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        answer = decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
         if labels is not None and decoder_attention_mask is None and self.model.decoder.reads_documents:
-            decoder_attention_mask = up_to_the_last(labels)
+            decoder_attention_mask = up_to_the_last(labels) if labels.shape == answer.shape[:2] else None
         items = kwargs.pop("num_items_in_batch", None)
         source = (input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, encoder_outputs)
         told = (past_key_values, inputs_embeds, decoder_inputs_embeds, use_cache, position_ids, decoder_position_ids)

@@ -198,7 +198,7 @@ class Hierarchy(Backbone):
         fires, told = resampling.fire(stream, level, kept)
         fired = fired_rows(fires, resampling.most(stream.shape[1]) if level.fixed else None)
         answer = None
-        if level.fixed or not fired.rows.nothing:
+        if level.fixed or not fired.rows.nothing or call.context.get("output_router_logits"):
             items = resampling.shorten(stream, fired, told, level, kept)
             above = level.inside(fired.rows, call.items_before(depth + 1))
             items, positions = self.inner_positions[depth](items, above.place)

@@ -79,3 +79,5 @@ class HierarchyConfig(ArchConfig):
         middle = levels.index(top)
         if levels[:middle] != sorted(levels[:middle]) or levels[middle:] != sorted(levels[middle:], reverse=True):
             raise ValueError(f"layer_levels are {levels}: they rise to the last level, and fall back.")
+        if "causal_window_attention" in self.layer_types and not (self.sliding_window and self.sliding_window > 1):
+            raise ValueError("Layers of type causal_window_attention need a sliding_window of at least 2.")

@@ -6,6 +6,7 @@ import torch
 
 from ..layers.cache import RECURRENT
 from ..layers.level import Level, LevelCache
+from ..ops.patches import PatchRows
 from .masks import MASKS, number_documents
 
 UNTOLD = {"attention_mask": None, "past_key_values": None, "position_ids": None}
@@ -27,6 +28,21 @@ def shown(seen: torch.Tensor, config, stream: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(seen, dtype=stream.dtype).masked_fill(~seen, torch.finfo(stream.dtype).min)
 
 
+def by_patch(config, stream, level: Level, cache: LevelCache | None, layer_idx: int) -> PatchRows:
+    """Items of a patch of `config.patch_size` see each other, up to themselves."""
+    size, late = config.patch_size, None
+    lengths = None if level.real is None else level.real.sum(1)
+    if level.before is not None:
+        late = level.place[:, 0] % size
+    patches = PatchRows(size, stream.shape[1], late, lengths, None)
+    if patches.step:
+        seen = torch.arange(size, device=stream.device) <= late[:, None]
+        return patches._replace(mask=shown(seen[:, None, None], config, stream))
+    patch = stream[:1, :1].expand(-1, size, -1)
+    mask = MASKS["full_attention"](config=config, inputs_embeds=patch, layer_idx=layer_idx, **UNTOLD)
+    return patches._replace(mask=mask)
+
+
 def by_what_is_real(make_mask: Callable) -> Callable:
     """A mask, or documents, of rows of which each is one document."""
 
@@ -42,4 +58,5 @@ LEVEL_MASKS: dict[str, Callable] = {
     "ragged_attention": ragged,
     "bidirectional_attention": by_what_is_real(MASKS["bidirectional_attention"]),
     **dict.fromkeys(RECURRENT, by_what_is_real(number_documents)),
+    "patch_attention": by_patch,
 }

@@ -7,6 +7,7 @@ from transformers import masking_utils
 from transformers.utils.import_utils import is_tracing
 
 from ..layers.cache import RECURRENT
+from ..layers.latent_cache import LATENT
 from ..ops.banded_attention import make_band
 
 
@@ -148,7 +149,7 @@ def all_straight(inputs_embeds, attention_mask=None, past_key_values=None, posit
 
 
 MASKS: dict[str, Callable] = {
-    **dict.fromkeys(("full_attention", "latent_attention"), causal(masking_utils.create_causal_mask)),
+    **dict.fromkeys(("full_attention", LATENT), causal(masking_utils.create_causal_mask)),
     "sliding_attention": sliding,
     "bidirectional_attention": bidirectional,
     **dict.fromkeys(RECURRENT, number_documents),

@@ -25,17 +25,19 @@ def load_balancing(
             scores, marked = (each * real[layer][:, None] for each in (scores, marked))
         chosen, probability = chosen + marked.sum(0), probability + scores.sum(0)
         tokens = tokens + (len(logits) if real is None else real[layer].sum())
+    if real is not None:
+        tokens = tokens.clamp(min=1)
     return router_logits[0].shape[-1] * (chosen / tokens * (probability / tokens)).sum()
 
 
 def router_z(router_logits: Sequence[torch.Tensor], real: Sequence[torch.Tensor]) -> torch.Tensor:
     """The mean over tokens of logsumexp(logits)^2 (ST-MoE, Zoph et al., 2022, arXiv:2202.08906, equation 5)."""
-    total, tokens = 0.0, 0
+    total, tokens = 0.0, torch.zeros((), dtype=torch.long, device=router_logits[0].device)
     for logits, there in zip(router_logits, real, strict=True):
         precise = torch.promote_types(logits.dtype, torch.float32)
         total = total + (logits.to(precise).logsumexp(-1).square() * there).sum()
         tokens = tokens + there.sum()
-    return total / tokens
+    return total / tokens.clamp(min=1)
 
 
 def with_choices(forward: Callable) -> Callable:

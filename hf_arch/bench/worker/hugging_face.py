@@ -59,6 +59,19 @@ class Ours(HuggingFace):
         return architecture.load(head)(architecture.load("Config")(**fields))
 
 
+class AsLarge(Ours):
+    """A row with as many layers as bring it nearest to the parameters of the row `like`."""
+
+    def build(self, sizes, row, head, like, **options):
+        def parameters(row: str, **fields) -> int:
+            with torch.device("meta"):
+                return Ours.build(self, sizes | fields, row, head).num_parameters()
+
+        one, two = (parameters(row, num_hidden_layers=layers) for layers in (1, 2))
+        layers = 1 + round((parameters(like) - one) / (two - one))
+        return super().build(sizes | {"num_hidden_layers": max(1, layers)}, row, head)
+
+
 class Transformers(HuggingFace):
     """A class of transformers: `config` and `model` are their names, `fields` what its config is told beside sizes,
     `padding_rows` how many rows of its table of positions no token takes."""

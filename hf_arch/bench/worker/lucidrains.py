@@ -56,3 +56,30 @@ class Hourglass(Subject):
 
     def logits(self, ids):
         return self.model(ids)
+
+
+class MegaByte(Subject):
+    """A layer over bytes, the others over patches, twice as wide, with twice the heads, as in ours of so few layers:
+    the package has as many heads everywhere."""
+
+    def __init__(self, shape: dict, longest: int, **options):
+        peer = importlib.import_module("MEGABYTE_pytorch.megabyte")
+        size, heads, patch = shape["hidden_size"], shape["num_attention_heads"], options["patch_size"]
+        told = {"dim_head": size // heads, "rel_pos": True, "flash_attn": True}
+        told["ff_mult"] = shape["intermediate_size"] // size
+        layers = shape["num_hidden_layers"] - 1
+        self.model = peer.MEGABYTE(
+            num_tokens=shape["vocab_size"],
+            dim=(2 * size, size),
+            depth=(layers, 1),
+            max_seq_len=(-(-longest // patch), patch),
+            heads=heads,
+            **told,
+        )
+        self.model.transformers[0] = peer.Transformer(dim=2 * size, layers=layers, heads=2 * heads, **told)
+
+    def logits(self, ids):
+        return self.model(ids)
+
+    def loss(self, ids):
+        return self.model(ids, return_loss=True)

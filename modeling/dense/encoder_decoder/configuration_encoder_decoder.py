@@ -59,11 +59,6 @@ class ArchEncoderDecoderConfig(ArchTransformerConfig):
         return self.feed_forward_types
 
     @property
-    def has_experts(self) -> bool:
-        """Whether some feed-forward of a stack is sparse."""
-        return not set(SPARSE).isdisjoint([*self.feed_forward_types, *(self.encoder_feed_forward_types or [])])
-
-    @property
     def feed_forwards_in_use(self) -> set[str]:
         return {*self.feed_forward_types, *(self.encoder_feed_forward_types or ())}
 

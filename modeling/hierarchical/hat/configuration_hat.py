@@ -1,11 +1,15 @@
 """HAT, the hierarchical attention transformer (Chalkidis et al., 2022, arXiv:2210.05529)."""
 
 import math
+from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 
 from ...skeleton.config import ArchConfig
 from ...skeleton.expert_config import SPARSE
+
+READING, POOLING, ASKING = ("level", "gru"), "pool", "down"
+DOCUMENT_POOLINGS = {"max": "document", "leader": "document_vector"}  # and how heads of whole texts take it
 
 
 @strict
@@ -19,8 +23,25 @@ class ArchHatConfig(ArchConfig):
         The most members of a segment, of each level but the last, whose only segment is the document. An empty list is
         a model of one level: RoBERTa.
     layer_types (`list[str]`, *optional*):
-        The level that each layer works at, `"level_0"`, `"level_1"`, ..., in any order; by default the paper's best:
-        one layer across segments after every three inside them.
+        What each layer does and at which level, in any order; by default the paper's best: one layer across segments
+        after every three inside them. For level 1, and so for any other:
+        `"level_1"`: the members of each segment attend to one another;
+        `"gru_1"`: they are read by a GRU from both sides;
+        `"pool_1"`: the leader takes up its segment, a mean of the members weighted by attention (HAN). It is also a
+        member of segments of level 2, and speaks for this one from here on. Not needed in HAT, whose leaders attend;
+        `"down_1"`, not for level 0: from the top down, each token below attends to the members of its segment
+        (Pang et al., 2022, arXiv:2203.07586). Without such layers what a level has understood reaches
+        other tokens only through the leader of their segment, a level at a time.
+    shared_levels (`bool`, defaults to `False`):
+        Whether the first layers of all levels are one set of parameters, the second ones another, and so on: layers
+        that attend share with such, those that pool, that ask or that are recurrent with theirs.
+    position_type (`str`, defaults to `"learned"`):
+        `"learned"`: a vector per place in a segment, of each level; `"none"`: where recurrences tell places apart.
+    residual_type (`str`, defaults to `"post_norm"`):
+        `"post_norm"`: norm(x + f(x)) of each part of a layer; `"replaced"`: f(x), encoders on top of one another.
+    document_pooling (`str`, defaults to `"max"`):
+        What speaks for a document: `"max"`, the largest of each number over its segments of level 0; `"leader"`, its
+        first token, after a layer that pools the last level. With `"leader"` a head scores that vector as it is.
     max_position_embeddings (`int`, defaults to 4096):
         Tokens of a document of full segments; the last level holds `max_segments`, this over the product of
         `segment_lengths`.
@@ -35,8 +56,7 @@ class ArchHatConfig(ArchConfig):
         "layers.*.feed_forward.up_proj": "colwise",
         "layers.*.feed_forward.down_proj": "rowwise",
     }
-    feed_forward_kinds = ("dense", *SPARSE)
-    pooling = "document"
+    feed_forward_kinds: ClassVar[tuple[str, ...]] = ("dense", "none", *SPARSE)
 
     vocab_size: int = 50265
     hidden_size: int = 768
@@ -44,6 +64,10 @@ class ArchHatConfig(ArchConfig):
     num_hidden_layers: int = 16
     num_attention_heads: int = 12
     segment_lengths: list[int] | None = None
+    shared_levels: bool = False
+    position_type: str = "learned"
+    residual_type: str = "post_norm"
+    document_pooling: str = "max"
     max_position_embeddings: int = 4096
     hidden_act: str = "gelu"
     norm_eps: float = 1e-5
@@ -60,12 +84,60 @@ class ArchHatConfig(ArchConfig):
             self.segment_lengths = [128]
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def han(cls, num_levels: int = 2, reads: str = "gru", **fields) -> "ArchHatConfig":
+        """The hierarchical attention network (Yang et al., 2016, aclanthology N16-1174): at each level an encoder, and
+        attention pooling. Its encoders are recurrent, of half the width from each side; `reads="level"` makes them
+        layers of attention with a feed-forward. `fields` are those of the config, in the place of these."""
+        pattern = [f"{part}_{level}" for level in range(num_levels) for part in (reads, POOLING)]
+        recurrent = {"position_type": "none", "residual_type": "replaced", "embedding_norm": False}
+        own = recurrent | {"feed_forward_types": ["none"] * len(pattern)}
+        if reads == "level":
+            own = {"feed_forward_types": ["dense", "none"] * num_levels}
+        own |= {"segment_lengths": [128] * (num_levels - 1), "document_pooling": "leader"}
+        return cls(**(own | {"layer_types": pattern, "num_hidden_layers": len(pattern)} | fields))
+
+    @property
+    def num_levels(self) -> int:
+        return len(self.segment_lengths) + 1
+
     @property
     def layer_kinds(self) -> tuple[str, ...]:
-        return tuple(f"level_{level}" for level in range(len(self.segment_lengths) + 1))
+        levels = range(self.num_levels)
+        kinds = tuple(f"{part}_{level}" for part in (*READING, POOLING) for level in levels)
+        return kinds + tuple(f"{ASKING}_{level}" for level in levels if level)
+
+    def part_and_level(self, kind: str) -> tuple[str, int]:
+        """What layers of a type do, and at which level."""
+        part, _, level = kind.rpartition("_")
+        return part, int(level)
+
+    @property
+    def layer_groups(self) -> list[int]:
+        if not self.shared_levels:
+            return super().layer_groups
+        turns, groups = {}, []
+        for kind in self.layer_types:
+            turns[kind] = turns.get(kind, -1) + 1
+            groups.append((self.part_and_level(kind)[0], turns[kind]))
+        order = list(dict.fromkeys(groups))
+        return [order.index(group) for group in groups]
+
+    @property
+    def first_across(self) -> int | None:
+        """The first layer of the last level, where only such come from there on: what lies below is read without
+        knowing of anything above. None where a lower level reads what an upper one has understood."""
+        last = self.num_levels - 1
+        parts = [self.part_and_level(kind) for kind in self.layer_types]
+        first = [level for _, level in parts].index(last)
+        return first if last and all(part != ASKING and level == last for part, level in parts[first:]) else None
+
+    @property
+    def pooling(self) -> str:
+        return DOCUMENT_POOLINGS[self.document_pooling]
 
     def layer_pattern(self) -> list[str]:
-        first, *others = self.layer_kinds
+        first, *others = (f"level_{level}" for level in range(self.num_levels))
         inside = max(1, min(3, self.num_hidden_layers - len(others)))
         return [first] * inside + others
 
@@ -83,7 +155,21 @@ class ArchHatConfig(ArchConfig):
         if wrong := [length for length in self.segment_lengths if length < 1]:
             raise ValueError(f"segment_lengths has {wrong[0]}: a segment has at least one member.")
         super().validate_architecture()
-        if idle := [kind for kind in self.layer_kinds if kind not in self.layer_types]:
+        read = {level for part, level in map(self.part_and_level, self.layer_types) if part in READING}
+        if idle := [f"level_{level}" for level in range(self.num_levels) if level not in read]:
             raise ValueError(
                 f"No layer works at {', '.join(idle)}: name it in layer_types, or shorten segment_lengths."
             )
+        for name, known in (
+            ("residual_type", ("post_norm", "replaced")),
+            ("position_type", ("learned", "none")),
+            ("document_pooling", DOCUMENT_POOLINGS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; there are {', '.join(known)}.")
+        if any(kind.startswith("gru") for kind in self.layer_types) and self.hidden_size % 2:
+            raise ValueError(f"hidden_size {self.hidden_size} is odd: a GRU from each side answers with half of it.")
+        kinds = {}
+        for group, kind in zip(self.layer_groups, self.feed_forward_types, strict=True):
+            if kinds.setdefault(group, kind) != kind:
+                raise ValueError(f"Layers that share parameters have feed-forwards {kinds[group]} and {kind}.")

@@ -5,108 +5,61 @@ real tokens: nothing rests on how texts are padded or put together, and what is 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, ModelOutput
 from transformers.utils import can_return_tuple
 
-from ...layers.attention import BidirectionalAttention
-from ...layers.positions import NoPositions, Plain
-from ...layers.residual import PostNorm
-from ...layers.segments import find_segments
-from ...layers.view import View
-from ...ops.documents import EvenlyUnpacked, Unpacked
+from ...layers.attention import BidirectionalAttention, CrossAttention
+from ...layers.attention_pooling import AttentionPooling
+from ...layers.gated_recurrence import BidirectionalGRU
+from ...layers.levels import AskingMask, AskingView, LevelPositions, MemberMask, MemberView, NoLevelPositions
+from ...layers.residual import PostNorm, Replaced
+from ...layers.segments import Hierarchy, find_segments
 from ...skeleton.backbone import Backbone
 from ...skeleton.checks import check_inputs
 from ...skeleton.classifiers import MultipleChoice, SequenceClassification, TokenClassification
 from ...skeleton.heads import MaskedLM, also_named
 from ...skeleton.masks import number_documents
+from ..modeling_levels import SegmentedOutput, with_embeddings
+from ..modeling_segments import SegmentClassification, SegmentPreTraining
 from .configuration_hat import ArchHatConfig
 
+LEVEL_MIXERS = {
+    "level": BidirectionalAttention,
+    "gru": BidirectionalGRU,
+    "pool": AttentionPooling,
+    "down": CrossAttention,
+}
+LEVEL_VIEWS = {"level": MemberView, "gru": MemberView, "pool": AskingView, "down": AskingView}
 
-class LevelMask(NamedTuple):
-    """What the layers of a level are told in the place of a mask: whose members are whose, and the mask in segments."""
-
-    segments: Unpacked | EvenlyUnpacked
-    mask: torch.Tensor | None
-
-
-class LevelTables(NamedTuple):
-    """A vector per place in a segment, of each level: parameters, so that checkpointed layers find them in backward."""
-
-    tables: tuple[torch.Tensor, ...]
-
-    rotate = Plain.rotate
-    attend = Plain.attend
+LEVEL_RESIDUALS = {"post_norm": PostNorm, "replaced": Replaced}
+LEVEL_POSITIONS = {"learned": LevelPositions, "none": NoLevelPositions}
 
 
-class LevelPositions(NoPositions):
-    """x + a learned vector per place in the segment of level 0; layers of other levels add theirs to the leaders."""
+class DialogueState(NamedTuple):
+    """What was read of dialogues: the members of the last level, before its layers.
 
-    def __init__(self, config: ArchHatConfig):
-        super().__init__(config)
-        self.levels = nn.ModuleList(nn.Embedding(length, config.hidden_size) for length in config.level_lengths)
-
-    def forward(self, hidden_states, position_ids):
-        return hidden_states + self.levels[0](position_ids), LevelTables(tuple(level.weight for level in self.levels))
-
-
-class SegmentView(View):
-    """A layer sees each segment of tokens as a text of its own: [segments, longest, size]."""
-
-    def forward(
-        self, stream: torch.Tensor, inside: Callable[..., torch.Tensor], attention_mask: LevelMask, **context
-    ) -> torch.Tensor:
-        segments = attention_mask.segments
-        context |= {"attention_mask": attention_mask.mask, "documents": segments.real}
-        return segments.repack_into(stream, inside(segments.unpack(stream), **context))
-
-
-class LeaderView(SegmentView):
-    """A layer sees the leaders of the segments below, with the vector of their place. Other tokens pass it by."""
-
-    def __init__(self, config: ArchHatConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
-        self.level = config.layer_kinds.index(config.layer_types[layer_idx])
-
-    def forward(self, stream, inside, attention_mask, position_embeddings, **context):
-        def placed(rows: torch.Tensor, **told) -> torch.Tensor:
-            return inside(rows + position_embeddings.tables[self.level][: rows.shape[1]], **told)
-
-        return super().forward(stream, placed, attention_mask, position_embeddings=position_embeddings, **context)
-
-
-@dataclass
-class SegmentedOutput(BaseModelOutputWithPoolingAndCrossAttentions):
-    """
-    pooler_output [documents, size]:
-        The largest of each number over a document's segments. There is a document per row, unless rows are packed.
-    segment_embeddings [documents, segments, size], segment_mask [documents, segments]:
-        The leaders of level 0, zero past a document's last segment; 1 where there is one.
-    router_logits, router_choices:
-        Of sparse feed-forwards, over the members of their level; as in `CausalLMOutput`.
+    members [dialogues, turns, size], left-aligned; real [dialogues, turns] whether there is one. A turn that is longer
+    than a segment of the level below counts as several.
     """
 
-    segment_embeddings: torch.FloatTensor | None = None
-    segment_mask: torch.LongTensor | None = None
-    router_logits: tuple[torch.FloatTensor, ...] | None = None
-    router_choices: tuple[torch.LongTensor, ...] | None = None
+    members: torch.Tensor
+    real: torch.Tensor
 
 
 class ArchHatModel(Backbone):
     config: ArchHatConfig
-    residual = PostNorm
-    positions = LevelPositions
     norm_class = nn.LayerNorm
 
     def __init__(self, config: ArchHatConfig):
-        first, *others = config.layer_kinds
-        self.views = {first: SegmentView} | dict.fromkeys(others, LeaderView)
-        self.mixers = dict.fromkeys(config.layer_kinds, BidirectionalAttention)
+        parts = {kind: config.part_and_level(kind)[0] for kind in config.layer_kinds}
+        self.views = {kind: LEVEL_VIEWS[part] for kind, part in parts.items()}
+        self.mixers = {kind: LEVEL_MIXERS[part] for kind, part in parts.items()}
+        self.residual = LEVEL_RESIDUALS[config.residual_type]
+        self.positions = LEVEL_POSITIONS[config.position_type]
         super().__init__(config)
 
     @can_return_tuple
@@ -129,38 +82,122 @@ class ArchHatModel(Backbone):
         """
         check_inputs(self.config, input_ids, inputs_embeds, attention_mask, position_ids, None)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
+        text = self.segments_of(tokens, attention_mask, position_ids, segment_starts)
+        told = {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids, "return_dict": True}
+        outputs = super().forward(input_ids, self.level_masks(text), text.places, **told, **kwargs)
+        return with_embeddings(self.config, outputs, text)
+
+    def read_turn(
+        self,
+        state: DialogueState | None = None,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        segment_starts: torch.LongTensor | None = None,
+    ) -> tuple[SegmentedOutput, DialogueState]:
+        """Go on with dialogues [batch, length of the new turns]: what `forward` would say of the whole of them, of the
+        tokens of the new turns and of all segments of the level below the last (`level_embeddings[:, -1]`; lower ones
+        are those of the new turns), and the state to go on from.
+
+        Levels below the last read the new turns alone, as they do in the whole dialogue: the last level reads all
+        turns, which are few. It is the same only where no lower layer comes after those of the last level; ValueError
+        else. A dialogue that has no new turn is masked out. Nothing of old turns is trained.
+        """
+        first = self.config.first_across
+        if first is None:
+            raise ValueError(
+                "In this model lower levels read what the last one has understood, so that a new turn changes what old "
+                f"ones mean: layer_types is {self.config.layer_types}. Put the layers of the last level at the end."
+            )
+        check_inputs(self.config, input_ids, inputs_embeds, attention_mask, None, None)
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        check_segment_inputs(tokens, attention_mask, segment_starts)
+        text, masks = self.carried_on(tokens, attention_mask, segment_starts, state)
+        seen = masks["carried"].shape[1]
+        told = {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids, "return_dict": True}
+        places = text.places[:, seen:]
+        outputs = super().forward(input_ids, masks, places, **told, output_hidden_states=True)
+        members = text.members(self.config.num_levels - 1)
+        state = DialogueState(members.unpack(outputs.hidden_states[first]).detach(), members.real)
+        told = {"last_hidden_state": outputs.last_hidden_state[:, seen:], "hidden_states": None}
+        if self.config.document_pooling == "max" and self.config.num_levels > 2:
+            told["pooler_output"] = None  # the largest over segments that are no longer here
+        return with_embeddings(self.config, outputs, text, **told), state
+
+    def carried_on(self, tokens, attention_mask, segment_starts, state: DialogueState | None) -> tuple[Hierarchy, dict]:
+        """The members that were read before in columns of their own, before those of the new turns."""
+        batch, length = tokens.shape[:2]
+        if state is None:
+            nothing = torch.zeros(batch, 0, dtype=torch.bool, device=tokens.device)
+            state = DialogueState(self.embed_tokens.weight.new_zeros(batch, 0, self.config.hidden_size), nothing)
+        if len(state.members) != batch:
+            raise ValueError(f"The state is of {len(state.members)} dialogues, the new turns are of {batch}.")
+        real = torch.ones(batch, length, device=tokens.device) if attention_mask is None else attention_mask
+        starts = torch.zeros_like(real, dtype=torch.long) if segment_starts is None else segment_starts
+        begins = torch.arange(length, device=tokens.device) == real.bool().int().argmax(dim=1, keepdim=True)
+        levels = self.config.num_levels
+        starts = torch.cat(
+            (torch.full_like(state.real, levels, dtype=torch.long), starts.where(~begins, levels)), dim=1
+        )
+        documents = torch.cat((state.real, real.bool()), dim=1).long()
+        text = find_segments(documents, documents, starts, self.config.level_lengths, carried=state.real.shape[1])
+        return text, self.level_masks(text) | {"carried": state.members}
+
+    def begin(self, hidden_states, masks):
+        carried = masks.get("carried")
+        return hidden_states if carried is None else torch.cat((carried.to(hidden_states.dtype), hidden_states), dim=1)
+
+    def segments_of(self, tokens, attention_mask=None, position_ids=None, segment_starts=None) -> Hierarchy:
+        """Whose members are whose in a batch `tokens` [batch, length, ...]; the rest as `forward` is told."""
         check_segment_inputs(tokens, attention_mask, segment_starts)
         documents = number_documents(self.config, tokens, attention_mask, position_ids=position_ids)
-        text = find_segments(tokens, documents, segment_starts, self.config.level_lengths)
-        masks = {kind: self.mask_of(level) for kind, level in zip(self.config.layer_kinds, text.levels, strict=True)}
-        told = {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids, "return_dict": True}
-        outputs = super().forward(input_ids, masks, text.places, **told, **kwargs)
-        return with_embeddings(outputs, text.leaders)
+        return find_segments(tokens, documents, segment_starts, self.config.level_lengths)
 
-    def mask_of(self, segments: Unpacked | EvenlyUnpacked) -> LevelMask:
-        """Every real member of a segment sees every other."""
-        real = segments.real
+    def level_masks(self, text: Hierarchy) -> dict[str, MemberMask | AskingMask]:
+        """What the layers of each type are told."""
+        masks = {}
+        for kind in self.kinds:
+            part, level = self.config.part_and_level(kind)
+            masks[kind] = TOLD[part](self, text, level)
+        return masks
+
+    def all_seen(self, real: torch.Tensor | None, asking: int | None = None) -> torch.Tensor | None:
+        """The mask by which everyone sees all that is `real` [segments, longest]; `asking`: how many do, if others."""
         if real is None:
-            return LevelMask(segments, None)
+            return None
         like = torch.empty(*real.shape, 0, dtype=self.dtype, device=real.device)
-        return LevelMask(segments, create_bidirectional_mask(self.config, like, real))
+        if asking is None:
+            return create_bidirectional_mask(self.config, like, real)
+        return create_bidirectional_mask(self.config, like[:, :1].expand(-1, asking, -1), real, like)
 
 
-def with_embeddings(outputs: ModelOutput, leaders: Unpacked | EvenlyUnpacked) -> SegmentedOutput:
-    """What the layers answered, and what it says of segments and documents."""
-    found, real = leaders.unpack(outputs.last_hidden_state), leaders.real
-    if real is None:
-        real = torch.ones(found.shape[:2], dtype=torch.bool, device=found.device)
-    return SegmentedOutput(
-        last_hidden_state=outputs.last_hidden_state,
-        pooler_output=found.masked_fill(~real[..., None], torch.finfo(found.dtype).min).amax(dim=1),
-        hidden_states=outputs.hidden_states,
-        attentions=outputs.attentions,
-        segment_embeddings=found,
-        segment_mask=real.long(),
-        router_logits=outputs.get("router_logits"),
-        router_choices=outputs.get("router_choices"),
-    )
+def attending(model: ArchHatModel, text: Hierarchy, level: int) -> MemberMask:
+    members = text.members(level)
+    return MemberMask(members, model.all_seen(members.real), level)
+
+
+def reading(model: ArchHatModel, text: Hierarchy, level: int) -> MemberMask:
+    return MemberMask(text.members(level), None, level)
+
+
+def pooled(model: ArchHatModel, text: Hierarchy, level: int) -> AskingMask:
+    members = text.members(level)
+    return AskingMask(text.first(level), members, members.real)
+
+
+def looking_up(model: ArchHatModel, text: Hierarchy, level: int) -> AskingMask:
+    asking, members = text.tokens(level), text.members(level)
+    longest = asking.longest
+    return AskingMask(asking, members, model.all_seen(members.real, longest))
+
+
+TOLD: dict[str, Callable[[ArchHatModel, Hierarchy, int], MemberMask | AskingMask]] = {
+    "level": attending,
+    "gru": reading,
+    "pool": pooled,
+    "down": looking_up,
+}
 
 
 def check_segment_inputs(tokens: torch.Tensor, attention_mask, segment_starts: torch.Tensor | None) -> None:
@@ -192,3 +229,13 @@ class ArchHatForMultipleChoice(MultipleChoice):
     config: ArchHatConfig
     backbone = ArchHatModel
     forward = also_named(MultipleChoice.forward, "segment_starts")
+
+
+class ArchHatForSegmentClassification(SegmentClassification):
+    config: ArchHatConfig
+    backbone = ArchHatModel
+
+
+class ArchHatForPreTraining(SegmentPreTraining):
+    config: ArchHatConfig
+    backbone = ArchHatModel

@@ -76,7 +76,5 @@ class ArchHourglassConfig(AttentionConfig, DirectedConfig, HierarchyConfig):
         if wrong := [factor for factor in self.shorten_factors if factor < 2]:
             raise ValueError(f"shorten_factors has {wrong[0]}: a group has at least two items.")
         super().validate_architecture()
-        if "causal_window_attention" in self.layer_types and not (self.sliding_window and self.sliding_window > 1):
-            raise ValueError("Layers of type causal_window_attention need a sliding_window of at least 2.")
         if not self.shorten_factors:
             raise ValueError("shorten_factors is empty: a model that shortens nothing is a Transformer.")

@@ -137,15 +137,17 @@ def sequence_balance(
     probabilities [batch, length, experts], of which the greatest are counted as chosen; documents [batch, length].
     """
     batch, length, experts = probabilities.shape
-    told = torch.ones(batch, length, device=probabilities.device) if documents is None else documents
-    number, count = numbers_in_batch(documents := told.long())
-    real = (documents.flatten() > 0)[:, None]
+    if documents is None:
+        documents = torch.ones(batch, length, dtype=torch.long, device=probabilities.device)
+    number, count = numbers_in_batch(documents)
+    real = (documents.flatten() > 0)[:, None].to(probabilities.dtype)
     share = F.normalize(probabilities, p=1, dim=-1).flatten(0, 1)
     taken = torch.zeros_like(share).scatter_(-1, share.topk(top_k, dim=-1).indices, 1.0)
-    told = torch.stack((share, taken), dim=1) * real[..., None]
-    total, chosen = told.new_zeros(count, 2, experts).index_add(0, number, told).unbind(1)
-    tokens = real.new_zeros(count, dtype=told.dtype).index_add_(0, number, real[:, 0].to(told.dtype))
-    loss = (experts / top_k * (total * chosen).sum(-1) / tokens.clamp(min=1)).sum()
+    each = torch.cat((share, taken, torch.ones_like(real)), dim=-1) * real
+    total, chosen, tokens = (
+        each.new_zeros(count, 2 * experts + 1).index_add(0, number, each).split((experts, experts, 1), dim=-1)
+    )
+    loss = (experts / top_k * total * chosen / tokens.clamp(min=1)).sum()
     return loss, tokens.sum()
 
 

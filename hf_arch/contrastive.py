@@ -1,0 +1,120 @@
+"""Texts as vectors that are near where the texts say the same, for search: any model of ours learns it from pairs."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import EvalPrediction, Trainer
+
+from hf_arch.collators import ContrastiveCollator
+
+COLUMNS = ("query", "positive", "negative")
+
+
+def mean(outputs, real: torch.Tensor) -> torch.Tensor:
+    shares = real.to(outputs.last_hidden_state.dtype)
+    return (shares[..., None] * outputs.last_hidden_state).sum(1) / shares.sum(1, keepdim=True)
+
+
+def first(outputs, real: torch.Tensor) -> torch.Tensor:
+    rows = torch.arange(len(real), device=real.device)
+    return outputs.last_hidden_state[rows, real.int().argmax(-1)]
+
+
+def last(outputs, real: torch.Tensor) -> torch.Tensor:
+    places = torch.arange(real.shape[1], device=real.device)
+    return outputs.last_hidden_state[torch.arange(len(real), device=real.device), (places * real).argmax(-1)]
+
+
+def document(outputs, real: torch.Tensor) -> torch.Tensor:
+    return outputs.pooler_output
+
+
+POOLINGS = {"mean": mean, "first": first, "last": last, "document": document}
+
+
+def embed(model: nn.Module, inputs: dict[str, torch.Tensor], pooling: str | None = None) -> torch.Tensor:
+    """What the model makes of each text, as a vector of length 1: [texts, size].
+
+    inputs: what a tokenizer or processor says of texts, attention_mask among it. pooling: "mean" over the real tokens,
+    the "first" or the "last" of these, or "document", what a hierarchical model says of each itself; by default that
+    where there is such, else the last token of a causal model, the mean of others.
+    """
+    config = getattr(model, "module", model).config
+    spoken = getattr(config, "pooling", "")
+    how = pooling or ("document" if spoken.startswith("document") else "last" if spoken == "last" else "mean")
+    if how not in POOLINGS:
+        raise ValueError(f"pooling {how!r} is unknown; there are {', '.join(POOLINGS)}.")
+    if "attention_mask" not in inputs:
+        raise ValueError("Texts are told without attention_mask: it says where each ends.")
+    return F.normalize(POOLINGS[how](model(**inputs), inputs["attention_mask"].bool()), dim=-1)
+
+
+def contrastive_loss(queries: torch.Tensor, candidates: torch.Tensor, temperature: float = 0.05) -> torch.Tensor:
+    """mean_i -log softmax_j(q_i . c_j / temperature)_i: InfoNCE with the other candidates of the batch as negatives
+    (van den Oord et al., 2018, arXiv:1807.03748, equation 4).
+
+    queries [batch, size]; candidates [batch + hard negatives, size], the one that fits query i in the i-th place.
+    """
+    scores = queries @ candidates.T / temperature
+    return F.cross_entropy(scores, torch.arange(len(queries), device=scores.device))
+
+
+def recall_at(queries: torch.Tensor, documents: torch.Tensor, k: int = 1) -> float:
+    """The share of `queries` [n, size] whose own document, of `documents` [n or more, size] that in the same place, is
+    among the k nearest. What is as near counts as nearer: vectors that are all the same find nothing."""
+    scores = queries @ documents.T
+    own = scores.diagonal()[:, None]
+    return float(((scores >= own).sum(dim=1) <= k).float().mean())
+
+
+class ContrastiveTrainer(Trainer):
+    """A Trainer of batches of a `ContrastiveCollator`, whose model is a bare one (`AutoModel`).
+
+    temperature: of the cosines in the loss. pooling: as in `embed`. recalls: evaluation tells `recall_at_<k>` of all
+    queries of `eval_dataset` among all its positives. Negatives are those of a process's own batch; a batch that is
+    accumulated in pieces has those of a piece. Arguments need `remove_unused_columns=False`.
+    """
+
+    def __init__(
+        self,
+        *args,
+        temperature: float = 0.05,
+        pooling: str | None = None,
+        recalls: Sequence[int] = (1, 10),
+        **options,
+    ):
+        options.setdefault("compute_metrics", self.recall_metrics)
+        super().__init__(*args, **options)
+        if self.args.remove_unused_columns:
+            raise ValueError("The Trainer would drop the texts: give its arguments remove_unused_columns=False.")
+        self.temperature, self.pooling, self.recalls = temperature, pooling, recalls
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch, made here
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        found = {column: embed(model, told, self.pooling) for column, told in columns(inputs).items()}
+        if lacking := [column for column in COLUMNS[:2] if column not in found]:
+            raise ValueError(f"The batch has no {lacking[0]}_input_ids: take a {ContrastiveCollator.__name__}.")
+        candidates = torch.cat([found[column] for column in COLUMNS[1:] if column in found])
+        loss = contrastive_loss(found["query"], candidates, self.temperature)
+        return (loss, found) if return_outputs else loss
+
+    @torch.no_grad()
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        loss, found = self.compute_loss(model, self._prepare_inputs(inputs), True)
+        rows = torch.arange(len(found["query"]), device=loss.device)
+        return loss, (found["query"], found["positive"]), rows
+
+    def recall_metrics(self, evaluated: EvalPrediction) -> dict[str, float]:
+        queries, positives = (torch.as_tensor(each) for each in evaluated.predictions)
+        return {f"recall_at_{k}": recall_at(queries, positives, k) for k in self.recalls}
+
+
+def columns(inputs: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """What the model is told of the texts of each column of a batch."""
+    told = {
+        column: {name.removeprefix(f"{column}_"): x for name, x in inputs.items() if name.startswith(f"{column}_")}
+        for column in COLUMNS
+    }
+    return {column: inputs for column, inputs in told.items() if inputs}
