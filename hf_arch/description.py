@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from hf_arch.bench import costs_of_long_context, costs_of_recurrences  # noqa: F401, they register
+from hf_arch.bench import costs_of_hierarchies, costs_of_long_context, costs_of_recurrences  # noqa: F401, they register
 from hf_arch.bench.costs import Span, cost
 from hf_arch.catalogue import find
 from hf_arch.modeling.layers.chosen_cache import ChosenCacheLayer

@@ -12,10 +12,10 @@ class ChosenCacheLayer(RecurrentCacheLayer):
     row, and their number [batch]. The last place of all is for what is of no token; places past the number of a row are
     written in place, which no earlier state can tell."""
 
-    def put(self, row: torch.Tensor, place: torch.Tensor, count: torch.Tensor, *pair: torch.Tensor):
+    def put(self, row: torch.Tensor, place: torch.Tensor, count: torch.Tensor, most: int | None, *pair: torch.Tensor):
         """The stores after `pair`, two of [rows, heads, tokens, dim], at the places [rows, tokens] of the rows [rows],
-        -1 for the last; `count` [batch] is that of each row then."""
-        stores = self.stores(pair, len(count), 1 + int(count.max()))
+        -1 for the last; `count` [batch] is that of each row then, at these rows `most` or fewer."""
+        stores = self.stores(pair, len(count), 1 + most)
         stores = [placed(store, row, place, new) for store, new in zip(stores, pair, strict=True)]
         self.write(0, memory_key=stores[0], memory_value=stores[1], memory_count=count)
         return stores
@@ -36,7 +36,7 @@ class StaticChosenCacheLayer(StaticRecurrentCacheLayer):
         super().__init__(**kwargs)
         self.max_cache_len = max_cache_len
 
-    def put(self, row, place, count, *pair):
+    def put(self, row, place, count, most, *pair):
         names = ("memory_key", "memory_value")
         if names[0] not in self.states:
             room = self.max_cache_len + 1
@@ -63,7 +63,7 @@ class RememberedKeys:
         self.memory, self.rows, self.place, self.count, self.shown = memory, rows, place, count, shown
 
     def update(self, key: torch.Tensor, value: torch.Tensor, *args) -> tuple[torch.Tensor, torch.Tensor]:
-        stores = self.memory.put(self.rows, self.place, self.count, key, value)
+        stores = self.memory.put(self.rows, self.place, self.count, self.shown, key, value)
         if len(self.rows) < len(self.count):
             stores = [store.index_select(0, self.rows) for store in stores]
         return tuple(store[:, :, : self.shown].to(key.dtype) for store in stores)
@@ -74,7 +74,7 @@ class FirstKeys(RememberedKeys):
 
     def update(self, key, value, *args):
         kept = [x if self.shown is None else x[self.shown] for x in (key, value)]
-        self.memory.put(self.rows, self.place, self.count, *kept)
+        self.memory.put(self.rows, self.place, self.count, key.shape[2], *kept)
         return key, value
 
 

@@ -134,6 +134,7 @@ class Hierarchy(Backbone):
             fixed = past_key_values.is_compileable
         else:
             fixed = documents is None and is_tracing(hidden_states)
+        fixed = fixed or hidden_states.is_meta  # where nothing is computed
         unread = hidden_states[..., : self.config.output_size]  # what stands where there is no token
         if documents is not None and not fixed and not documents.any():
             return unread
