@@ -1,6 +1,8 @@
 """An exported folder loads where hf_arch cannot be imported, and answers alike."""
 
+import ast
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from promises import EXACT, HEADS, Case
 RETNET = Case(find("retnet"), "ForCausalLM")
 ADAPTED = ["AutoModelForCausalLM", "AutoPeftModelForCausalLM"]
 RESAVED = "resaved"
+MODELING = Path(__file__).parents[1] / "modeling"
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +174,16 @@ def test_joined_modules_keep_comments_and_effects(ours):
 def test_names_that_collide_are_refused(below, above, named, ours):
     with pytest.raises(ValueError, match=named):
         refuse_collisions(ours(f"{below}\nX = 1\n", f"from .below import X\n{above}\n"))
+
+
+def test_names_at_the_top_are_unique():
+    """Any two files of models may be joined into one; conversions never are."""
+    found = {}
+    files = [path for path in MODELING.rglob("*.py") if not path.name.startswith("conversion_")]
+    for path in files:
+        for part in ast.parse(path.read_text()).body:
+            targets = getattr(part, "targets", [])
+            names = [part.name] if hasattr(part, "name") else [t.id for t in targets if isinstance(t, ast.Name)]
+            for name in names:
+                found.setdefault(name, []).append(path.name)
+    assert len(files) > 100 and not {name: paths for name, paths in found.items() if len(paths) > 1}

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, ModelOutput
 
-from ..layers.segments import Hierarchy
+from ..layers.segments import Segmentation
 from ..skeleton.config import ArchConfig
 
 
@@ -44,7 +44,7 @@ def leading(found: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
 DOCUMENT_POOLS = {"max": largest, "leader": leading}
 
 
-def with_embeddings(config: ArchConfig, outputs: ModelOutput, text: Hierarchy, **told) -> SegmentedOutput:
+def with_embeddings(config: ArchConfig, outputs: ModelOutput, text: Segmentation, **told) -> SegmentedOutput:
     """What the layers answered, and what it says of segments and documents; `told` in the place of what they did."""
     found, masks, most = [], [], text.leaders(0).longest
     for level in range(max(1, config.num_levels - 1)):

@@ -85,7 +85,7 @@ class GivenHierarchy(NamedTuple):
         return places.flatten().index_put((rows.token,), rows.place).view(self.shape)
 
 
-Hierarchy = EvenHierarchy | GivenHierarchy
+Segmentation = EvenHierarchy | GivenHierarchy
 
 
 def find_segments(
@@ -94,7 +94,7 @@ def find_segments(
     starts: torch.Tensor | None,
     lengths: Sequence[int],
     carried: int = 0,
-) -> Hierarchy:
+) -> Segmentation:
     """The hierarchy of a batch `tokens` [batch, length, ...].
 
     documents: [batch, length] as in `ops/documents.py`.
@@ -106,7 +106,7 @@ def find_segments(
     """
     batch, length = tokens.shape[:2]
     if documents is None and starts is None:
-        text: Hierarchy = EvenHierarchy(batch, length, tokens.device, tuple(lengths))
+        text: Segmentation = EvenHierarchy(batch, length, tokens.device, tuple(lengths))
         check_members(text.members(len(lengths) - 1).tokens, lengths)
         return text
     if documents is None:

@@ -51,7 +51,7 @@ def absorbed_latent_attention(
     asked = by_head(nope, to_key).flatten(1, 2)  # [batch, queries * heads, rank]
     scores = torch.bmm(asked * scale, latent.transpose(1, 2))
     scores = torch.baddbmm(scores, rope.flatten(1, 2), key_rope.transpose(1, 2), alpha=scale)
-    scores = hide(scores.unflatten(1, (queries, heads)), mask)
+    scores = masked(scores.unflatten(1, (queries, heads)), mask)
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(latent.dtype)
     read = torch.bmm(weights.flatten(1, 2), latent).unflatten(1, (queries, heads))
     return by_head(read, to_value.transpose(1, 2)), weights.transpose(1, 2)
@@ -63,7 +63,7 @@ def by_head(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
     return answer.transpose(0, 1).unflatten(0, x.shape[:2])
 
 
-def hide(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def masked(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """scores [batch, queries, heads, keys] with those out that the mask hides."""
     queries, keys = scores.shape[1], scores.shape[-1]
     if mask is None:

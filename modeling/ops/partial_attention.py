@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-ROOM = 2**20  # scores that are written down at once: 4 MiB in float32
-QUERIES = 256  # that see the same keys, of which the last alone needs all
+SCORES_AT_ONCE = 2**20  # scores that are written down at once: 4 MiB in float32
+QUERIES_AT_ONCE = 256  # that see the same keys, of which the last alone needs all
 
 
 class Partial(NamedTuple):
@@ -30,7 +30,7 @@ class Partial(NamedTuple):
 def partial_attention(query, key, value, hidden: torch.Tensor | None, scale: float, dropout: float = 0.0) -> Partial:
     """query [rows, queries, dim], key and value [rows, keys, dim]; hidden [queries, keys], the pairs that are not
     compared, of which no query has all. A few rows at once."""
-    count = max(1, ROOM // (query.shape[1] * key.shape[1]))
+    count = max(1, SCORES_AT_ONCE // (query.shape[1] * key.shape[1]))
     pieces = zip(*(x.split(count) for x in (query * scale, key, value)), strict=True)
     return joined_partials([attend_piece(*piece, hidden, dropout) for piece in pieces], 0)
 
@@ -49,8 +49,8 @@ def attend_piece(query, key, value, hidden: torch.Tensor | None, dropout: float)
 def causal_partial(query, key, value, scale: float, dropout: float = 0.0) -> Partial:
     """The same of queries that see the keys at their own places and before."""
     pieces = []
-    for start in range(0, query.shape[1], QUERIES):
-        asked = query[:, start : start + QUERIES]
+    for start in range(0, query.shape[1], QUERIES_AT_ONCE):
+        asked = query[:, start : start + QUERIES_AT_ONCE]
         end = start + asked.shape[1]
         hidden = torch.ones(asked.shape[1], end, dtype=torch.bool, device=query.device).triu(start + 1)
         pieces.append(partial_attention(asked, key[:, :end], value[:, :end], hidden, scale, dropout))

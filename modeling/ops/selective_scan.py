@@ -78,7 +78,7 @@ def prepared(x, step, A, key, query, documents, state) -> tuple[torch.Tensor | N
     return A, state, step * x, step, key, query, keep
 
 
-class Blocks:
+class ScanBlocks:
     """A sequence cut into blocks of rows of steps; what is made of a block takes the place of what was made of another.
 
     A block works in two turns, each a loop over the steps of all its rows at once: first what a row adds up by itself,
@@ -150,7 +150,7 @@ class Blocks:
 
 def run_blocks(size, A, state, *sequences) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """The output, the final state, and the states at the starts of blocks."""
-    blocks, outputs, starts = Blocks(size, A, *sequences), [], []
+    blocks, outputs, starts = ScanBlocks(size, A, *sequences), [], []
     for n, query in enumerate(blocks.query):
         starts.append(state)
         state = blocks.run(n, state)
@@ -205,7 +205,7 @@ class SelectiveScan(torch.autograd.Function):
         A, *kept = ctx.saved_tensors
         sequences, starts = kept[:5], kept[5:]
         with without_autocast(grad):
-            blocks, of_A, found = Blocks(ctx.size, A, *sequences), torch.zeros_like(A), []
+            blocks, of_A, found = ScanBlocks(ctx.size, A, *sequences), torch.zeros_like(A), []
             grads = torch.empty_like(blocks.states)
             grad = blocks.cut(grad)[..., None, :]
             over_states, over_steps = A.new_ones(1, len(A)), A.new_ones(1, blocks.states[..., 0, 0].numel())

@@ -17,7 +17,7 @@ from ...layers.attention_pooling import AttentionPooling
 from ...layers.gated_recurrence import BidirectionalGRU
 from ...layers.levels import AskingMask, AskingView, LevelPositions, MemberMask, MemberView, NoLevelPositions
 from ...layers.residual import PostNorm, Replaced
-from ...layers.segments import Hierarchy, find_segments
+from ...layers.segments import Segmentation, find_segments
 from ...skeleton.backbone import Backbone
 from ...skeleton.checks import check_inputs
 from ...skeleton.classifiers import MultipleChoice, SequenceClassification, TokenClassification
@@ -125,7 +125,9 @@ class ArchHatModel(Backbone):
             told["pooler_output"] = None  # the largest over segments that are no longer here
         return with_embeddings(self.config, outputs, text, **told), state
 
-    def carried_on(self, tokens, attention_mask, segment_starts, state: DialogueState | None) -> tuple[Hierarchy, dict]:
+    def carried_on(
+        self, tokens, attention_mask, segment_starts, state: DialogueState | None
+    ) -> tuple[Segmentation, dict]:
         """The members that were read before in columns of their own, before those of the new turns."""
         batch, length = tokens.shape[:2]
         if state is None:
@@ -148,13 +150,13 @@ class ArchHatModel(Backbone):
         carried = masks.get("carried")
         return hidden_states if carried is None else torch.cat((carried.to(hidden_states.dtype), hidden_states), dim=1)
 
-    def segments_of(self, tokens, attention_mask=None, position_ids=None, segment_starts=None) -> Hierarchy:
+    def segments_of(self, tokens, attention_mask=None, position_ids=None, segment_starts=None) -> Segmentation:
         """Whose members are whose in a batch `tokens` [batch, length, ...]; the rest as `forward` is told."""
         check_segment_inputs(tokens, attention_mask, segment_starts)
         documents = number_documents(self.config, tokens, attention_mask, position_ids=position_ids)
         return find_segments(tokens, documents, segment_starts, self.config.level_lengths)
 
-    def level_masks(self, text: Hierarchy) -> dict[str, MemberMask | AskingMask]:
+    def level_masks(self, text: Segmentation) -> dict[str, MemberMask | AskingMask]:
         """What the layers of each type are told."""
         masks = {}
         for kind in self.kinds:
@@ -172,27 +174,27 @@ class ArchHatModel(Backbone):
         return create_bidirectional_mask(self.config, like[:, :1].expand(-1, asking, -1), real, like)
 
 
-def attending(model: ArchHatModel, text: Hierarchy, level: int) -> MemberMask:
+def attending(model: ArchHatModel, text: Segmentation, level: int) -> MemberMask:
     members = text.members(level)
     return MemberMask(members, model.all_seen(members.real), level)
 
 
-def reading(model: ArchHatModel, text: Hierarchy, level: int) -> MemberMask:
+def reading(model: ArchHatModel, text: Segmentation, level: int) -> MemberMask:
     return MemberMask(text.members(level), None, level)
 
 
-def pooled(model: ArchHatModel, text: Hierarchy, level: int) -> AskingMask:
+def pooled(model: ArchHatModel, text: Segmentation, level: int) -> AskingMask:
     members = text.members(level)
     return AskingMask(text.first(level), members, members.real)
 
 
-def looking_up(model: ArchHatModel, text: Hierarchy, level: int) -> AskingMask:
+def looking_up(model: ArchHatModel, text: Segmentation, level: int) -> AskingMask:
     asking, members = text.tokens(level), text.members(level)
     longest = asking.longest
     return AskingMask(asking, members, model.all_seen(members.real, longest))
 
 
-TOLD: dict[str, Callable[[ArchHatModel, Hierarchy, int], MemberMask | AskingMask]] = {
+TOLD: dict[str, Callable[[ArchHatModel, Segmentation, int], MemberMask | AskingMask]] = {
     "level": attending,
     "gru": reading,
     "pool": pooled,
