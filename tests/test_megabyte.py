@@ -155,8 +155,19 @@ def test_levels_run_once_a_patch():
     for place in range(40):
         model(tokens[:, place : place + 1], past_key_values=cache)
     assert runs == {level: [*range(0, 40, count)] for level, count in ((0, 1), (1, 4), (2, 12))}
-    held = [layer.states["memory_patch_key"].shape[1] for layer in cache.layers[1:]]
-    assert held == [3, 4, 4]  # a patch, however long the text
+
+
+@torch.no_grad()
+def test_below_patches_a_memory_does_not_grow():
+    model = Case(ROW, "ForCausalLM").build(**THREE)
+
+    def held(length: int) -> list[int]:
+        cache = model(some_tokens(1, length), use_cache=True).past_key_values
+        of_patches = [state for layer in cache.layers[1:] for state in layer.states.values()]
+        states = [state for name, state in cache.layers[0].states.items() if "stage" in name]
+        return [state.untyped_storage().nbytes() for state in of_patches + states]
+
+    assert held(24) == held(240)
 
 
 @torch.no_grad()

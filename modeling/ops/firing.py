@@ -55,6 +55,6 @@ def fired_rows(fires: torch.Tensor, most: int | None = None) -> Fired:
 def last_of(items: torch.Tensor, count: int, real: torch.Tensor | None) -> torch.Tensor:
     """The last `count` of items [rows, count + longest, size], where rows go on to where `real` says."""
     if real is None:
-        return items[:, -count:]
+        return items[:, -count:].clone()  # without the others
     index = real.sum(1, keepdim=True) + torch.arange(count, device=items.device)
     return items.gather(1, index[..., None].expand(-1, -1, items.shape[-1]))

@@ -52,7 +52,7 @@ class PatchRows(NamedTuple):
         end = self.length if self.lengths is None else self.lengths
         end = end if self.late is None else self.late + end
         if isinstance(end, int):
-            return patches[:, min(end // self.size, patches.shape[1] - 1)]
+            return patches[:, min(end // self.size, patches.shape[1] - 1)].clone()  # without the others
         number = (end // self.size).clamp(max=patches.shape[1] - 1)
         return taken(patches, number[:, None])[:, 0]
 
