@@ -4,6 +4,7 @@ import importlib
 
 from hf_arch.architecture import Architecture
 from hf_arch.attention import register_attention, window_cache
+from hf_arch.byte_tokenizer import byte_tokenizer
 from hf_arch.catalogue import ARCHITECTURES, find
 from hf_arch.convert import convert
 from hf_arch.distill import distill
@@ -57,6 +58,7 @@ __all__ = [
     "StatefulTrainer",
     "WholeWordMaskCollator",
     "contrastive_loss",
+    "byte_tokenizer",
     "convert",
     "describe",
     "distill",

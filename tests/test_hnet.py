@@ -8,8 +8,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from transformers import AutoTokenizer
 
-from hf_arch import find
+from hf_arch import byte_tokenizer, find
 from hf_arch.convert import convert
 from hf_arch.modeling.hierarchical.hnet import conversion_hnet
 from hf_arch.modeling.hierarchical.hnet.modeling_hnet import DynamicChunking, ratio_losses
@@ -180,6 +181,17 @@ def test_residuals_and_smoothing_stay_wide_in_a_narrow_model(tmp_path):
         torch.float32
     }
     assert outputs.hidden_states[1].dtype == torch.float32
+
+
+def test_tokens_are_the_bytes_of_a_text(tmp_path):
+    text = "H\u00e9llo, \u4e16\u754c \u00fe\u00ff  \n\t\U0001f642"
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        ids = each(text)["input_ids"]
+        assert ids == [254, *text.encode()] and each.decode(ids, skip_special_tokens=True) == text
+        assert each(["ab", "c"], padding=True)["input_ids"] == [[254, 97, 98], [255, 254, 99]]
+        assert len(each) == find("hnet").load("Config")().vocab_size and each.eos_token_id == 255
 
 
 @torch.no_grad()

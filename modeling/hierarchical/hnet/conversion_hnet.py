@@ -1,5 +1,5 @@
 """Checkpoints of H-Net in the authors' layout (cartesia-ai/hnet_1stage_L): a .pt file alone, or beside their config as
-config.json (configs/hnet_1stage_L.json of github.com/goombalab/hnet).
+config.json (configs/hnet_1stage_L.json of github.com/goombalab/hnet). Tokens are bytes: `hf_arch.byte_tokenizer()`.
 
 A file alone tells the layers and their widths, but not how attention is cut into heads: it is then taken to be as in
 all that the authors published, 16 heads, half of each turned by positions, and windows in all levels but the last.
