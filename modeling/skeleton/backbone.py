@@ -228,14 +228,12 @@ class Backbone(ArchPreTrainedModel):
     def routing_losses(self, router_logits, router_choices) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss that keeps experts equally busy, of what this stack's routers recorded for real tokens, and what is
         added to the whole loss: it and the z-loss, times their weights in the config. Where experts choose, they are
-        equally busy without it. A step of decoding may pass layers by: then nothing is learnt, and both are zero."""
+        equally busy without it."""
         if torch.is_grad_enabled():
             check_checkpointing(self.layers)
         config, real = self.config, [choices[:, 0] >= 0 for choices in router_choices]
         types = zip(self.calls, config.feed_forward_types, strict=True)
         parts = [self.layers[group].feed_forward for (group, _), kind in types if self.records_routes(kind)]
-        if len(router_logits) < len(parts):
-            return router_logits[0].new_zeros(()), router_logits[0].new_zeros(())
         told = zip(parts, router_logits, real, strict=True)
         told = [(logits, part.router.taken, there) for part, logits, there in told if part.tokens_choose]
         balance = load_balancing(*zip(*told, strict=True)) if told else router_logits[0].new_zeros(())
