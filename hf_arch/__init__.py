@@ -19,7 +19,7 @@ from hf_arch.upcycle import upcycle
 register()
 register_targets()
 
-LATER = {  # transformers' Trainer and collators, and matplotlib, take seconds to import
+LATER = {  # transformers' Trainer and collators take seconds to import
     "ContrastiveCollator": "collators",
     "ContrastiveTrainer": "contrastive",
     "PrefixLMCollator": "collators",

@@ -1,5 +1,6 @@
 """What routers do: how busy each expert is, which tokens found no room, how sure the choice was."""
 
+import importlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,8 +8,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.modeling_outputs import ModelOutput
@@ -80,12 +79,15 @@ class RoutingCallback(TrainerCallback):
     of experts: 1 where all are equally busy), `.../dropped` and `.../entropy`; see `RoutingStatistics`. `history` holds
     all of it. Works on the model as it trains: distributed, with checkpointing, with adapters.
 
-    plot: where to draw the load of each expert, a picture (`.png`) of all sparse layers over the steps.
+    plot: where to draw the load of each expert, a picture (`.png`) of all sparse layers over the steps; it takes
+        `pip install hf-arch[plots]`.
     Example: `Trainer(..., callbacks=[hf_arch.RoutingCallback(plot="routing.png")])`.
     """
 
     def __init__(self, plot: str | os.PathLike | None = None):
         self.plot = None if plot is None else Path(plot)
+        if plot is not None:  # not at the top, and not after training either: matplotlib is an extra
+            self.draw = importlib.import_module("hf_arch.routing_picture").draw
         self.history: list[tuple[int, RoutingStatistics]] = []
         self.counts: list[torch.Tensor] = []
         self.names: list[str] = []
@@ -128,7 +130,7 @@ class RoutingCallback(TrainerCallback):
             handle.remove()
         self.handles = []
         if self.plot is not None and self.history and state.is_world_process_zero:
-            draw(self.names, self.history, self.plot)
+            self.draw(self.names, [step for step, _ in self.history], [found for _, found in self.history], self.plot)
 
 
 def records(module: MixtureOfExperts) -> bool:
@@ -159,30 +161,3 @@ def short(name: str) -> str:
     parts = name.split(".")
     layer = parts[parts.index("layers") + 1]
     return ".".join([*(part for part in parts if part in ("encoder", "decoder")), layer])
-
-
-def draw(names: Sequence[str], history: Sequence[tuple[int, RoutingStatistics]], path: Path) -> None:
-    """A panel for each layer: the load of each expert over the steps, and the share that was dropped."""
-    picture = Figure(figsize=(3.2 * min(len(names), 4), 2.4 * -(-len(names) // 4)), dpi=96, layout="constrained")
-    panels = picture.subplots(-(-len(names) // 4), min(len(names), 4), squeeze=False, sharey=True)
-    steps = [step for step, _ in history]
-    for axes in panels.flat[len(names) :]:
-        axes.set_visible(False)
-    for layer, (name, axes) in enumerate(zip(names, panels.flat, strict=False)):
-        load = torch.stack([found.load[layer] for _, found in history])
-        panel(axes, steps, load, [float(found.dropped[layer]) for _, found in history])
-        axes.set_title(f"layer {name}", loc="left", fontsize=9)
-    part = path.with_name(path.name + ".part")
-    picture.savefig(part, format="png")
-    os.replace(part, path)
-
-
-def panel(axes: Axes, steps: list[int], load: torch.Tensor, dropped: list[float]) -> None:
-    axes.plot(steps, load.numpy(), linewidth=1)
-    axes.axhline(1 / load.shape[1], color="#6b7280", linewidth=0.8, linestyle="--")
-    if any(dropped):
-        axes.fill_between(steps, dropped, color="#b04a4a", alpha=0.2, label="dropped")
-        axes.legend(frameon=False, fontsize=7)
-    axes.set_xlabel("step", fontsize=8)
-    axes.set_ylabel("share of the choices", fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
