@@ -302,7 +302,7 @@ ARCHITECTURES = (
         title="MegaByte",
         paper="arXiv:2305.07185",
         lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "answer_proj"),
-        tiny={"num_key_value_heads": 2, "patch_sizes": [4], "global_hidden_sizes": [48]},
+        tiny={"num_key_value_heads": 2, "patch_sizes": [4], "global_hidden_sizes": [64]},
         exceptions=FULL_ATTENTION,
     ),
     Architecture(
