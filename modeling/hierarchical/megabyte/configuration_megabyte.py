@@ -54,6 +54,10 @@ class ArchMegaByteConfig(AttentionConfig, HierarchyConfig):
             self.global_hidden_sizes = [2**level * self.hidden_size for level in range(1, self.num_levels)]
         super().__post_init__(**kwargs)
 
+    def mixer_tp_plan(self) -> dict[str, str]:
+        """None: a plan names the layers of all levels alike, whose numbers of heads differ."""
+        return {}
+
     @property
     def num_levels(self) -> int:
         return len(self.patch_sizes) + 1
