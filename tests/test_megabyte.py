@@ -130,7 +130,7 @@ def test_equals_the_papers_equations(position_type):
     model = case.build(num_hidden_layers=3, layer_levels=[1, 0, 0], position_type=position_type)
     tokens, stage = some_tokens(1, 11)[0], model.resamplings[0]
     x, y = tokens[0], tokens[1:]
-    local, of_patches = model.embed_tokens.weight.split((32, 12), dim=1)
+    local, of_patches = model.embed_tokens.weight.split((32, 16), dim=1)
     for written in range(len(y) + 1):
         number, place = divmod(written, patch)
         items = [torch.cat((stage.before_text.flatten(), of_patches[x]))]
@@ -139,7 +139,7 @@ def test_equals_the_papers_equations(position_type):
             places = model.inner_positions[0].embed_positions.weight
             items = [item + places[k] for k, item in enumerate(items)]
         answer = stage.answer_norm(transformer(model.layers[:1], items, turns))
-        told = [stage.answer_proj(part) for part in answer.split(12)]
+        told = [stage.answer_proj(part) for part in answer.split(16)]
         inside = [stage.start, *local[y[number * patch : written]]]
         inside = [item + told[p] for p, item in enumerate(inside)]
         expected = model.norm(transformer(model.layers[1:], inside, turns=False))
