@@ -3,14 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from ..ops.banded_attention import (
-    attend_seen,
-    banded_attention,
-    dense_weights,
-    make_band,
-    take,
-    visible_in_band,
-)
+from ..ops.band import make_band, take, visible_in_band
+from ..ops.banded_attention import attend_seen, banded_attention, dense_weights
 from ..ops.documents import first_of_documents
 from .attention import Attention
 from .cache import RecurrentCacheLayer

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from transformers.utils.import_utils import is_tracing
 
-from .banded_attention import Kernel, fused
+from .attention_kernels import Kernel, fused
 from .documents import EvenlyUnpacked, Unpacked, left_aligned
 
 # Numbers of gathered keys at once: few stay in a CPU's cache. Where autograd goes back through what is gathered, each

@@ -12,7 +12,7 @@ document. Cost grows as n (stride + n / stride): as n^1.5 where the stride is sq
 import torch
 import torch.nn.functional as F
 
-from .banded_attention import Kernel, fused
+from .attention_kernels import Kernel, fused
 from .documents import find_documents
 from .partial_attention import Partial, partial_attention, together
 
