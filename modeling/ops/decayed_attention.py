@@ -103,7 +103,8 @@ class DecayedAttention(torch.autograd.Function):
         groups, state = q.shape[2], grouped(state, q.shape[2])
         given = side_by_side(v * (fades.out_of * gains[..., None]), groups)
         carried = given.new_empty(given.shape)
-        states = [state, *state.new_empty(len(q) if trained else 1, *state.shape).expand(len(q), *state.shape).unbind()]
+        rooms = state.new_empty(len(q) if trained else 1, *state.shape).unbind()
+        states = [state, *(rooms if trained else rooms * len(q))]
         steps = zip(*map(by_chunk, (q, k.mT, given, carried, fades.across)), states, states[1:], strict=False)
         for q_i, k_i, given_i, into, across, before, after in steps:
             torch.bmm(q_i, before.flatten(-2), out=into)
