@@ -99,7 +99,7 @@ PEERS = (
         measures=FORWARD,
         environment=Environment(
             "megabyte_package",
-            unaided=("MEGABYTE-pytorch==0.3.6", "einops==0.8.2", "beartype==0.22.4", "tqdm==4.67.1"),
+            unaided=("MEGABYTE-pytorch==0.3.6", "einops==0.8.2", "beartype==0.22.4", "packaging==25.0", "tqdm==4.67.1"),
         ),
     ),
     Peer(
