@@ -1,6 +1,7 @@
 """Images and videos of a processor, beside its tokenizer: parts that it may have or not, and pixels of many rows."""
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -8,8 +9,9 @@ import numpy as np
 from transformers import AutoImageProcessor, AutoTokenizer, AutoVideoProcessor
 from transformers.processing_utils import ProcessorMixin
 
+from ..layers.pixel_inputs import MODALITIES
+
 LOADS = {"tokenizer": AutoTokenizer, "image_processor": AutoImageProcessor, "video_processor": AutoVideoProcessor}
-PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}  # as they are called among a model's inputs
 
 
 class OwnParts:
@@ -34,19 +36,16 @@ class Picture(NamedTuple):
     content: Any  # what an image processor reads, or a list of it: frames
 
 
-def picture(content: Any) -> Picture:
-    return Picture("video" if is_video(content) else "image", content)
-
-
 def is_image(content: Any) -> bool:
     """Whether it is one: a PIL image, an array of three dimensions, an address."""
     return not isinstance(content, list | tuple) and len(getattr(content, "shape", ())) < 4
 
 
 def is_video(content: Any) -> bool:
-    """Whether it is one: a list of images, or an array of four dimensions."""
+    """Whether it is one: a list of images, an array of four dimensions, an address."""
     frames = content if isinstance(content, list | tuple) else ()
-    return len(getattr(content, "shape", ())) == 4 or (len(frames) > 0 and all(map(is_image, frames)))
+    images = len(frames) > 0 and all(is_image(frame) and not isinstance(frame, str) for frame in frames)
+    return images or len(getattr(content, "shape", ())) == 4 or isinstance(content, str)
 
 
 def listed(given: Any, is_one: Callable[[Any], bool]) -> Iterator[Any]:
@@ -60,24 +59,46 @@ def listed(given: Any, is_one: Callable[[Any], bool]) -> Iterator[Any]:
             yield from listed(part, is_one)
 
 
+def in_parts(text: Any, words: dict[str, str], given: dict[str, Iterator[Any]]) -> Iterator[str | Picture]:
+    """A string in parts, with what is `given` of each modality where its word of `words` stands; a picture as it is."""
+    if not isinstance(text, str):
+        yield Picture("video" if is_video(text) else "image", text)
+        return
+    modalities = {word: modality for modality, word in words.items()}
+    for part in re.split(f"({'|'.join(map(re.escape, modalities))})", text) if words else [text]:
+        content = next(given[modalities[part]], None) if part in modalities else part
+        if content is None:
+            raise ValueError(f"Texts say {part} more often than there are {modalities[part]}s.")
+        yield Picture(modalities[part], content) if part in modalities else part
+
+
 def processed(pictures: list[Picture], image_processor, video_processor, **options) -> Iterator[list[np.ndarray]]:
     """The frames of each picture (one of an image), [channels, height, width]. Where there is no `video_processor`,
     frames are images. `options`: `images_kwargs` and `videos_kwargs`, of the processors."""
-    videos = video_processor is not None
-    images = [part for part in pictures if not (videos and part.modality == "video")]
-    frames = [frame for part in images for frame in ([part.content] if part.modality == "image" else part.content)]
-    if frames and image_processor is None:
+    whole = {"video"} if video_processor is not None else set()  # what is not read image by image
+    images = [
+        frame
+        for modality, content in pictures
+        if modality not in whole
+        for frame in ([content] if modality == "image" else frames_of(content))
+    ]
+    videos = [content for modality, content in pictures if modality in whole]
+    if images and image_processor is None:
         raise ValueError("The processor has no image_processor to read images with.")
-    read = image_processor(frames, **options["images_kwargs"])["pixel_values"] if frames else ()
-    rest = [part.content for part in pictures if videos and part.modality == "video"]
-    seen = video_processor(rest, **options["videos_kwargs"])["pixel_values_videos"] if rest else ()
-    read, seen = iter(read), iter(seen)
-    for part in pictures:
-        if part.modality == "video" and videos:
-            yield [as_array(frame) for frame in next(seen)]
+    images = image_processor(images, **options["images_kwargs"])["pixel_values"] if images else []
+    videos = video_processor(videos, **options["videos_kwargs"])["pixel_values_videos"] if videos else []
+    images, videos = iter(images), iter(videos)
+    for modality, content in pictures:
+        if modality in whole:
+            yield [as_array(frame) for frame in next(videos)]
         else:
-            count = 1 if part.modality == "image" else len(part.content)
-            yield [as_array(next(read)) for _ in range(count)]
+            yield [as_array(next(images)) for _ in range(1 if modality == "image" else len(content))]
+
+
+def frames_of(video: Any) -> Any:
+    if isinstance(video, str):
+        raise ValueError(f"{video} is an address: the processor has no video_processor to read videos from files with.")
+    return video
 
 
 def as_array(pixels: Any) -> np.ndarray:
@@ -97,5 +118,5 @@ def one_after_another(arrays: Iterable[np.ndarray]) -> np.ndarray:
 
 def pixels_of(rows: Iterable[dict]) -> dict[str, np.ndarray]:
     """Those of all rows; what no row has is left out."""
-    told = {name: [row[name] for row in rows if row.get(name) is not None] for name in PIXELS.values()}
+    told = {name: [row[name] for row in rows if row.get(name) is not None] for name in MODALITIES.values()}
     return {name: one_after_another(arrays) for name, arrays in told.items() if arrays}

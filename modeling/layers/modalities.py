@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from .levels import Rows
-
-MODALITIES = {"image": "pixel_values", "video": "pixel_values_videos"}  # beside text, which is number 0
+from .pixel_inputs import MODALITIES
 
 
 def patches_of(pixels: torch.Tensor, size: int) -> torch.Tensor:
@@ -21,7 +20,8 @@ def patches_of(pixels: torch.Tensor, size: int) -> torch.Tensor:
 
 class ModalityEmbedding(nn.Module):
     """x + a vector for the modality of each segment (text, image, video), where x is a linear map of a patch's pixels
-    in the place of a placeholder (Dosovitskiy et al., 2021, arXiv:2010.11929, equation 1)."""
+    in the place of a placeholder (Dosovitskiy et al., 2021, arXiv:2010.11929, equation 1). Text is number 0, the others
+    follow in the order of `MODALITIES`."""
 
     def __init__(self, config):
         super().__init__()

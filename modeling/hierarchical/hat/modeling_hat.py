@@ -16,7 +16,8 @@ from ...layers.attention import BidirectionalAttention, CrossAttention
 from ...layers.attention_pooling import AttentionPooling
 from ...layers.gated_recurrence import BidirectionalGRU
 from ...layers.levels import AskingMask, AskingView, LevelPositions, MemberMask, MemberView, NoLevelPositions
-from ...layers.modalities import MODALITIES, ModalityEmbedding
+from ...layers.modalities import ModalityEmbedding
+from ...layers.pixel_inputs import MODALITIES
 from ...layers.residual import PostNorm, Replaced
 from ...layers.segments import Segmentation, find_segments
 from ...skeleton.backbone import Backbone

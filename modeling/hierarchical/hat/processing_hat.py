@@ -1,51 +1,24 @@
 """Text, pictures and dialogues for HAT: a tokenizer, processors of images and videos, and where segments begin."""
 
-import itertools
-import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from transformers import BatchEncoding
 from transformers.processing_utils import ProcessorMixin
 
-from ..processing_pixels import (
-    LOADS,
-    PIXELS,
-    OwnParts,
-    Picture,
-    is_image,
-    is_video,
-    listed,
-    one_after_another,
-    picture,
-    pixels_of,
-    processed,
-)
+from ...layers.pixel_inputs import MODALITIES
+from ..processing_pixels import LOADS, OwnParts, Picture, in_parts, is_image, is_video, listed, pixels_of, processed
+from ..processing_segments import BOUNDARIES, TURN, Segment, filled, patch_count, pictured, row_of, spread
 
-BOUNDARIES = {  # each piece of text keeps the space before it, which a tokenizer may need
-    "fixed": None,
-    "sentence": re.compile(r"(?<=[.!?。！？])(?=\s)|(?=\n\s*\n)"),
-    "paragraph": re.compile(r"(?=\n\s*\n)"),
-}
 ROLES = ("system", "user", "assistant", "tool")  # by their number in `token_type_ids`
-TURN = 2  # levels that begin a segment where a turn or a video does: of tokens, and of segments if there are such
 KINDS = ("common_kwargs", "text_kwargs")
 UNSEEN = {"segment_starts": 0, "labels": -100}  # what a tokenizer does not pad, and what ends its rows
 
 
-class Segment(NamedTuple):
-    """A segment of level 0, of text, or of an image or a frame with its pixels."""
-
-    ids: list[int]  # without its leader
-    levels: int = 1  # that begin a segment with it
-    modality: str | None = None
-    pixels: np.ndarray | None = None  # [channels, height, width]
-
-
 class ArchHatProcessor(ProcessorMixin):
-    """Tokens, with a leader (the tokenizer's [CLS]) at the beginning of each segment, and `segment_starts`; of images and
-    videos their pixels, and a placeholder token for each patch.
+    """Tokens, with a leader (the tokenizer's [CLS]) at the beginning of each segment, and `segment_starts`; of images
+    and videos their pixels, and a placeholder token for each patch.
 
     image_processor, video_processor: transformers' own, *optional*. Without a `video_processor` frames are read by the
         `image_processor`: those of transformers need torchvision.
@@ -120,7 +93,7 @@ class ArchHatProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        pixels = [PIXELS[modality] for modality in self.placeholders]
+        pixels = [MODALITIES[modality] for modality in self.placeholders]
         return ["input_ids", "attention_mask", "segment_starts", *pixels]
 
     def __call__(
@@ -138,11 +111,11 @@ class ArchHatProcessor(ProcessorMixin):
         videos_kwargs: dict | None = None,
         **by_kind: dict,
     ) -> BatchEncoding:
-        """A text, or texts -> `input_ids`, `attention_mask`, `segment_starts`, and `pixel_values` [images, channels,
-        height, width] and `pixel_values_videos` [videos, frames, ...] ([frames, ...] of different lengths) of the batch.
+        """A text, or texts -> `input_ids`, `attention_mask`, `segment_starts`, and of the batch `pixel_values` [images,
+        channels, height, width] and `pixel_values_videos` [videos, frames, ...] ([frames, ...] of different lengths).
 
-        Of texts each is a string, or the list of its segments: strings, images (PIL, or an array of three dimensions) and
-        videos (lists of such, or an array of four), or an image or a four-dimensional video alone. In a string
+        Of texts each is a string, or the list of its segments: strings, images (PIL, or arrays of three dimensions) and
+        videos (lists of such, or arrays of four); or an image alone, or a video that is an array. In a string
         `image_token` and `video_token` say where one goes of `images` and `videos`, in order; without `text` each of
         these is a text. An image is a segment, and so is a frame; a video, and what follows it, begins a segment of
         level 1.
@@ -165,7 +138,9 @@ class ArchHatProcessor(ProcessorMixin):
         found = self.read(texts, images, videos, **of_pixels)
         rows = [self.marked(pieces, truncation) for pieces in found]
         for row, one, pieces, labels in zip(rows, texts, found, segment_labels or (), strict=bool(segment_labels)):
-            row["labels"] = self.spread(one, pieces, labels)
+            if isinstance(one, str) or len(one) != len(labels):
+                raise ValueError("segment_labels are for texts that are lists of segments, one for each.")
+            row["labels"] = spread(labels, pieces)[: self.max_segments]
         if isinstance(text, str) and return_tensors is None and not padding["padding"]:
             return BatchEncoding(rows[0])
         return self.batch(rows, return_tensors, **padding)
@@ -198,7 +173,7 @@ class ArchHatProcessor(ProcessorMixin):
                 raise ValueError(f"Message {number} is of {message['role']!r}; roles are {', '.join(ROLES)}.")
             if number >= since:
                 content = [] if isinstance(message["content"], str) else message["content"]
-                pictures = ([part[kind] for part in content if part["type"] == kind] for kind in PIXELS)
+                pictures = ([part[kind] for part in content if part["type"] == kind] for kind in MODALITIES)
                 (pieces,) = self.read([self.said(messages, number)], *pictures, images_kwargs={}, videos_kwargs={})
                 turn = self.marked(pieces, truncation)
                 turn["segment_starts"][0] = TURN
@@ -224,27 +199,17 @@ class ArchHatProcessor(ProcessorMixin):
 
     def batch(self, rows: list[dict], return_tensors: str | None, padding: bool | str, **options) -> BatchEncoding:
         if not padding:
-            names = [name for name in rows[0] if name not in PIXELS.values()]
+            names = [name for name in rows[0] if name not in MODALITIES.values()]
             told = {name: [row[name] for row in rows] for name in names} | pixels_of(rows)
             return BatchEncoding(told, tensor_type=return_tensors)
         return self.pad(rows, padding, return_tensors=return_tensors, **options)
-
-    def spread(self, text: str | list, pieces: list[list[Segment]], labels: list) -> list:
-        """Of each segment that a text's own segments become, the label."""
-        if not isinstance(text, list | tuple) or len(text) != len(labels):
-            raise ValueError("segment_labels are for texts that are lists of segments, one for each.")
-        spread = [
-            label if first else -100
-            for label, piece in zip(labels, pieces, strict=True)
-            for first in (True, *[False] * len(piece))[: len(piece)]
-        ]
-        return spread[: self.max_segments]
 
     def read(self, texts: list, images: Any, videos: Any, **options) -> list[list[list[Segment]]]:
         """The segments of each text, by the segments that it is given as: one, of a string."""
         given = {"image": listed(images, is_image), "video": listed(videos, is_video)}
         own = [text if isinstance(text, list | tuple) else [text] for text in texts]
-        rows = [[[*self.parts(piece, given)] for piece in row] for row in own]
+        words = {modality: self.words[modality] for modality in self.placeholders}
+        rows = [[[*in_parts(piece, words, given)] for piece in row] for row in own]
         for modality, rest in given.items():
             if more := len([*rest]):
                 raise ValueError(f"There are {more} more {modality}s than texts say {self.words[modality]}.")
@@ -252,42 +217,21 @@ class ArchHatProcessor(ProcessorMixin):
         seen = processed(pictures, self.image_processor, self.video_processor, **options)
         found = []
         for text, row in zip(texts, rows, strict=True):
-            joined, pieces = isinstance(text, str), []
-            for piece in row:
-                cut = (
-                    self.cut(part, joined) if isinstance(part, str) else self.shown(part.modality, next(seen))
-                    for part in piece
-                )
-                pieces.append([segment for segments in cut for segment in segments])
+            joined = isinstance(text, str)
+            cut = [[self.cut(part, joined, seen) for part in piece] for piece in row]
+            pieces = [[segment for segments in piece for segment in segments] for piece in cut]
             found.append(pieces if any(pieces) else [[Segment([])]])  # a text of nothing is a leader
         return found
 
-    def parts(self, piece: Any, given: dict[str, Iterator]) -> Iterator[str | Picture]:
-        """A string in parts, with what is `given` where it says so; a picture as it is."""
-        if not isinstance(piece, str):
-            yield picture(piece)
-            return
-        words = {self.words[modality]: modality for modality in self.placeholders}
-        for part in re.split("|".join(map(re.escape, words)).join("()"), piece) if words else [piece]:
-            if part not in words:
-                yield part
-                continue
-            content = next(given[words[part]], None)
-            if content is None:
-                raise ValueError(f"Texts say {part} more often than there are {words[part]}s.")
-            yield Picture(words[part], content)
-
-    def cut(self, text: str, joined: bool) -> list[Segment]:
-        """A text in segments by the rule, or, if not `joined`, as one (more if it is longer than segments may be)."""
-        room, boundary = self.segment_length - 1, BOUNDARIES[self.segmentation]
-        found: list[list[int]] = []
-        for piece in boundary.split(text) if joined and boundary else [text]:
-            ids = self.tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
-            if found and len(found[-1]) + len(ids) <= room:
-                found[-1] += ids
-            else:
-                found += [ids[start : start + room] for start in range(0, len(ids), room)]
-        return [Segment(ids) for ids in found]
+    def cut(self, part: str | Picture, joined: bool, seen: Iterator[list[np.ndarray]]) -> list[Segment]:
+        """Text in segments by the rule, or, if not `joined`, as one (more if it is longer than segments may be); of a
+        picture the frames that are next of those `seen`."""
+        if isinstance(part, Picture):
+            return self.shown(part.modality, next(seen))
+        boundary = BOUNDARIES[self.segmentation] if joined else None
+        pieces = [part] if boundary is None else boundary.split(part)
+        ids = (self.tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"] for piece in pieces)
+        return filled(ids, self.segment_length - 1)
 
     def shown(self, modality: str, frames: list[np.ndarray]) -> list[Segment]:
         """An image, or the frames of a video, as segments of placeholders."""
@@ -296,18 +240,8 @@ class ArchHatProcessor(ProcessorMixin):
                 f"{self.words[modality]} is no token of the tokenizer: add it as a special one, and resize the model's "
                 "embeddings."
             )
-        (height, width), size = frames[0].shape[-2:], self.patch_size
-        count = (height // size) * (width // size)
-        if height % size or width % size or count >= self.segment_length:
-            raise ValueError(
-                f"Images of {height} x {width} pixels are not patches of {size} x {size} that fit into a segment of "
-                f"{self.segment_length} with its leader: let the image processor give them another size."
-            )
-        ids = [self.placeholders[modality]] * count
-        return [
-            Segment(ids, TURN if modality == "video" and not number else 1, modality, frame)
-            for number, frame in enumerate(frames)
-        ]
+        count = patch_count(frames[0], self.patch_size, self.segment_length)
+        return pictured(modality, frames, [self.placeholders[modality]] * count)
 
     def marked(self, pieces: list[list[Segment]], truncation: bool) -> dict[str, Any]:
         segments = [segment for piece in pieces for segment in piece]
@@ -316,22 +250,7 @@ class ArchHatProcessor(ProcessorMixin):
                 f"The text has {len(segments)} segments of {self.segment_length} tokens, the model takes "
                 f"{self.max_segments}: say truncation=True, or cut it."
             )
-        segments = segments[: self.max_segments]
-        ids = [token for segment in segments for token in (self.leader, *segment.ids)]
-        starts = []
-        for before, segment in zip([None, *segments], segments, strict=False):
-            after_video = before is not None and before.modality == "video" != segment.modality
-            starts += [TURN if after_video else segment.levels] + [0] * len(segment.ids)
-        row = {"input_ids": ids, "attention_mask": [1] * len(ids), "segment_starts": starts}
-        shown = {kind: [segment for segment in segments if segment.modality == kind] for kind in PIXELS}
-        if shown["image"]:
-            row["pixel_values"] = np.stack([segment.pixels for segment in shown["image"]])
-        if shown["video"]:
-            begins = itertools.accumulate(segment.levels == TURN for segment in shown["video"])
-            videos = itertools.groupby(zip(begins, shown["video"], strict=True), key=lambda each: each[0])
-            videos = [np.stack([segment.pixels for _, segment in frames]) for _, frames in videos]
-            row["pixel_values_videos"] = one_after_another(video[None] for video in videos)
-        return row
+        return row_of(segments[: self.max_segments], self.leader)
 
     def pad(
         self,
@@ -345,9 +264,9 @@ class ArchHatProcessor(ProcessorMixin):
         """As the tokenizer's, for rows with `segment_starts`: what a data collator calls."""
         if not isinstance(encoded, dict | BatchEncoding):
             pixels = pixels_of(encoded)
-            encoded = {name: [row[name] for row in encoded] for name in encoded[0] if name not in PIXELS.values()}
+            encoded = {name: [row[name] for row in encoded] for name in encoded[0] if name not in MODALITIES.values()}
         else:
-            pixels = {name: encoded[name] for name in PIXELS.values() if name in encoded}
+            pixels = {name: encoded[name] for name in MODALITIES.values() if name in encoded}
         unseen = [name for name in UNSEEN if name in encoded and isinstance(encoded[name][0], list)]
         others = {name: values for name, values in encoded.items() if name not in (*unseen, *pixels)}
         padded = dict(self.tokenizer.pad(others, padding, max_length, pad_to_multiple_of=pad_to_multiple_of, **kwargs))
