@@ -38,14 +38,7 @@ def model_and_processor():
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
     sizes |= {"initializer_range": 0.1, "hidden_dropout": 0.1, "segment_lengths": [32], "max_position_embeddings": 128}
     pixels = {"image_size": 8, "patch_size": 2, "num_channels": 1, "image_token_id": processor.placeholders["image"]}
-    config = row.load("Config")(
-        vocab_size=len(tokenizer),
-        pad_token_id=255,
-        segment_lengths=[32],
-        max_position_embeddings=128,
-        **sizes,
-        **pixels,
-    )
+    config = row.load("Config")(vocab_size=len(tokenizer), pad_token_id=255, **sizes, **pixels)
     return row.load("Model")(config), processor
 
 

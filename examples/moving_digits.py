@@ -1,10 +1,10 @@
 """What is moving, and where to? HAT reads short videos, frame by frame and then across frames: `python
 examples/moving_digits.py [STEPS]` (pip install -e ".[examples]").
 
-A video is one of scikit-learn's handwritten digits, 8 x 8 pixels, that crosses a field of 16 x 16 in five frames: to the
-right, to the left, down or up. A frame is a segment of patches, a video a document of frames. The model says digit and
-direction, of digits that it has not seen, beside a logistic regression on the mean of the frames: in which a digit that
-goes to the right looks like one that goes to the left.
+A video is one of scikit-learn's handwritten digits, 8 x 8 pixels, that crosses a field of 16 x 16 in five frames: to
+the right, to the left, down or up. A frame is a segment of patches, a video a document of frames. The model says digit
+and direction, of digits that it has not seen, beside a logistic regression on the mean of the frames: in which a digit
+that goes to the right looks like one that goes to the left.
 """
 
 import sys
@@ -19,16 +19,16 @@ from transformers import Trainer, TrainingArguments, ViTImageProcessorPil
 
 import hf_arch
 
-FRAMES, FIELD, ROOM = 5, 16, 8  # ROOM: how far a digit can go
+FRAMES, FIELD, STEP = 5, 16, 2
 DIRECTIONS = ("right", "left", "down", "up")
 
 
 def moving(image: np.ndarray, direction: int, aside: int) -> np.ndarray:
-    """[frames, 1, height, width] of a digit [8, 8] that crosses the field, `aside` pixels from its edge."""
+    """[frames, 1, height, width] of a digit [8, 8] that crosses the field, `aside` steps from its edge."""
     video = np.zeros((FRAMES, 1, FIELD, FIELD), dtype=np.uint8)
-    places = np.linspace(0, ROOM, FRAMES).astype(int)
-    for frame, place in zip(video[:, 0], places[:: 1 - 2 * (direction % 2)], strict=True):
-        top, left = (aside, place) if direction < 2 else (place, aside)
+    for number, frame in enumerate(video[:, 0]):
+        along = number if direction % 2 == 0 else FRAMES - 1 - number
+        top, left = (STEP * place for place in ((aside, along) if direction < 2 else (along, aside)))
         frame[top : top + 8, left : left + 8] = image
     return video
 
@@ -38,7 +38,7 @@ def videos_of(images: np.ndarray, digits: np.ndarray, count: int, seed: int) -> 
     draw = np.random.default_rng(seed)
     drawn = zip(draw.integers(len(images), size=count), draw.integers(4, size=count), strict=True)
     return [
-        {"video": moving(images[which], way, draw.integers(ROOM + 1)), "label": digits[which] * 4 + way}
+        {"video": moving(images[which], way, draw.integers(FRAMES)), "label": digits[which] * 4 + way}
         for which, way in drawn
     ]
 
@@ -46,10 +46,11 @@ def videos_of(images: np.ndarray, digits: np.ndarray, count: int, seed: int) -> 
 def model_and_processor():
     row, tokenizer = hf_arch.find("hat"), hf_arch.byte_tokenizer()
     tokenizer.add_tokens("<video>", special_tokens=True)
-    reader = ViTImageProcessorPil(size={"height": FIELD, "width": FIELD}, image_mean=0.5, image_std=0.5)
+    reader = ViTImageProcessorPil(size={"height": FIELD, "width": FIELD}, do_normalize=False)
     processor = row.load("Processor")(tokenizer, reader, segment_length=17, max_segments=FRAMES, patch_size=4)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
-    sizes |= {"initializer_range": 0.1, "segment_lengths": [17], "max_position_embeddings": 17 * FRAMES}
+    sizes |= {"layer_types": ["level_0", "level_0", "level_1", "level_1"], "initializer_range": 0.1}
+    sizes |= {"segment_lengths": [17], "max_position_embeddings": 17 * FRAMES}
     pixels = {"image_size": FIELD, "patch_size": 4, "num_channels": 1}
     pixels |= {"video_token_id": processor.placeholders["video"], "num_labels": 10 * len(DIRECTIONS)}
     config = row.load("Config")(vocab_size=len(tokenizer), pad_token_id=255, **sizes, **pixels)
@@ -74,7 +75,7 @@ def named(model, processor, items: list[dict]) -> np.ndarray:
     return model.eval()(**told).logits.argmax(dim=-1).numpy()
 
 
-def main(steps: int = 600, count: int = 400) -> dict[str, np.ndarray]:
+def main(steps: int = 1000, count: int = 400) -> dict[str, np.ndarray]:
     """Of each way to tell, on `count` held-out videos, the shares in which digit, direction and both are right."""
     torch.manual_seed(0)
     data = load_digits()
