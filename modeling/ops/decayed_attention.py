@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from .dispatch import accelerated
-from .documents import document_runs
+from .documents import document_runs, document_steps
 from .fading import Fading, Links, fading_of_sums, linked
 from .precision import without_autocast
 
@@ -34,8 +34,7 @@ def recurrent_decayed_attention(
             state = v.new_zeros(len(v), value.shape[2], k.shape[-1], v.shape[-1])
         state = state.unflatten(1, of_group)
         if documents is not None:
-            real, document = document_runs(documents, query)
-            starts = document.diff(dim=1, prepend=torch.ones_like(document[:, :1])) != 0
+            real, starts = document_steps(documents)
         outputs = []
         for t in range(q.shape[1]):
             kept = decay[:, t, ..., None, None] * state
