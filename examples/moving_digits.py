@@ -75,23 +75,31 @@ def named(model, processor, items: list[dict]) -> np.ndarray:
     return model.eval()(**told).logits.argmax(dim=-1).numpy()
 
 
-def main(steps: int = 1000, count: int = 400) -> dict[str, np.ndarray]:
+def mean_frames(items: list[dict]) -> np.ndarray:
+    return np.stack([item["video"].mean(0).ravel() / 255 for item in items])
+
+
+def main(steps: int = 1000, count: int = 400) -> dict[str, list[float]]:
     """Of each way to tell, on `count` held-out videos, the shares in which digit, direction and both are right."""
     torch.manual_seed(0)
     data = load_digits()
     images = np.uint8(data.images * 255 / 16)
     seen, held_out, digits, others = train_test_split(images, data.target, test_size=360, random_state=0)
-    learn, ask = videos_of(seen, digits, max(32 * steps, count), 1), videos_of(held_out, others, count, 2)
+    learn, ask = videos_of(seen, digits, 32 * steps, 1), videos_of(held_out, others, count, 2)
     model, processor = model_and_processor()
     train(model, processor, learn, steps)
-    means = [np.stack([item["video"].mean(0).ravel() / 255 for item in items]) for items in (learn[:4000], ask)]
-    beside = LogisticRegression(max_iter=200).fit(means[0], [item["label"] for item in learn[:4000]])
-    wanted = np.array([item["label"] for item in ask])
-    found = {"HAT": named(model, processor, ask), "logistic regression on mean frames": beside.predict(means[1])}
-    return {
-        name: np.array([each.mean() for each in (guess // 4 == wanted // 4, guess % 4 == wanted % 4, guess == wanted)])
-        for name, guess in found.items()
+    some = learn[:4000]
+    beside = LogisticRegression(max_iter=200).fit(mean_frames(some), [item["label"] for item in some])
+    found = {
+        "HAT": named(model, processor, ask),
+        "logistic regression on mean frames": beside.predict(mean_frames(ask)),
     }
+    wanted = np.array([item["label"] for item in ask])
+    shares = {}
+    for name, guess in found.items():
+        right = guess // 4 == wanted // 4, guess % 4 == wanted % 4, guess == wanted
+        shares[name] = [float(each.mean()) for each in right]
+    return shares
 
 
 if __name__ == "__main__":
