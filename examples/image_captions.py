@@ -34,10 +34,10 @@ def model_and_processor():
     row, tokenizer = hf_arch.find("hat"), hf_arch.byte_tokenizer()
     tokenizer.add_tokens("<image>", special_tokens=True)
     reader = ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=0.5, image_std=0.5)
-    processor = row.load("Processor")(tokenizer, reader, segment_length=32, max_segments=4, patch_size=2)
+    processor = row.load("Processor")(tokenizer, reader, segment_length=32, max_segments=4, patch_size=4)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
     sizes |= {"initializer_range": 0.1, "segment_lengths": [32], "max_position_embeddings": 128}
-    pixels = {"image_size": 8, "patch_size": 2, "num_channels": 1, "image_token_id": processor.placeholders["image"]}
+    pixels = {"image_size": 8, "patch_size": 4, "num_channels": 1, "image_token_id": processor.placeholders["image"]}
     config = row.load("Config")(vocab_size=len(tokenizer), pad_token_id=255, **sizes, **pixels)
     return row.load("Model")(config), processor
 
@@ -45,8 +45,8 @@ def model_and_processor():
 def train(model, processor, images, digits, epochs: float) -> None:
     pairs = [{"query": image, "positive": CAPTIONS[digit]} for image, digit in zip(images, digits, strict=True)]
     with tempfile.TemporaryDirectory() as folder:
-        told = {"per_device_train_batch_size": 64, "learning_rate": 2e-3, "lr_scheduler_type": "cosine"}
-        told |= {"warmup_steps": 20, "report_to": [], "save_strategy": "no", "disable_tqdm": True, "logging_steps": 100}
+        told = {"per_device_train_batch_size": 64, "learning_rate": 1e-3, "lr_scheduler_type": "cosine"}
+        told |= {"warmup_steps": 40, "report_to": [], "save_strategy": "no", "disable_tqdm": True, "logging_steps": 100}
         arguments = TrainingArguments(folder, num_train_epochs=epochs, remove_unused_columns=False, **told)
         collator = hf_arch.ContrastiveCollator(processor)
         hf_arch.ContrastiveTrainer(model, arguments, data_collator=collator, train_dataset=pairs).train()
