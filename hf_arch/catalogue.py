@@ -329,7 +329,7 @@ ARCHITECTURES = (
             *("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForMultipleChoice"),
             *("ForSegmentClassification", "ForPreTraining"),
         ),
-        lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "up_proj", "down_proj"),
+        lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "up_proj", "down_proj", "patch_proj"),
         tiny={"num_hidden_layers": 3, "layer_types": ["level_0", "level_1", "level_0"], "segment_lengths": [16]},
         processor=True,
     ),

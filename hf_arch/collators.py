@@ -53,9 +53,9 @@ class ContrastiveCollator:
     An item names texts, {"query": text, "positive": text} and perhaps "negative": a text or as many as every other
     item has. A batch holds query_input_ids and query_attention_mask [batch, length], so for positive_, and for
     negative_ [batch * negatives, length], those of a row in turn; and what else a processor says, if that takes the
-    place of the tokenizer. `prefixes` go before the texts of a column, such as {"query": "query: "}. Texts longer than
-    `max_length` tokens are cut; by default at what the tokenizer allows. Give a Trainer `remove_unused_columns=False`:
-    it would drop the texts.
+    place of the tokenizer: then a text may be an image. `prefixes` go before the texts of a column, such as {"query":
+    "query: "}. Texts longer than `max_length` tokens are cut; by default at what the tokenizer allows. Give a Trainer
+    `remove_unused_columns=False`: it would drop the texts.
     """
 
     tokenizer: PreTrainedTokenizerBase | ProcessorMixin
@@ -71,24 +71,29 @@ class ContrastiveCollator:
 
     def tokens(self, column: str, items: list[dict[str, str | list[str]]]) -> dict[str, torch.Tensor]:
         """What the model is told of the texts of one column."""
-        if lacking := [number for number, item in enumerate(items) if not item.get(column)]:
+        if lacking := [number for number, item in enumerate(items) if says_nothing(item.get(column))]:
             raise ValueError(
                 f"Item {lacking[0]} of the batch has no {column!r}, only {', '.join(items[lacking[0]])}. Every item "
                 "needs a query and a positive, and all a negative or none; remove_unused_columns=False keeps the texts."
             )
-        texts = [[item[column]] if isinstance(item[column], str) else item[column] for item in items]
+        texts = [item[column] if isinstance(item[column], list | tuple) else [item[column]] for item in items]
         counts = {len(of_item) for of_item in texts}
         if len(counts) > 1:
             raise ValueError(f"Items have {sorted(counts)} texts as {column!r}: make it one number.")
         prefix = (self.prefixes or {}).get(column, "")
         told = self.tokenizer(
-            [prefix + text for of_item in texts for text in of_item],
+            [prefix + text if isinstance(text, str) else text for of_item in texts for text in of_item],
             padding=True,
             truncation=True,
             max_length=self.max_length,
             return_tensors="pt",
         )
         return {name: value for name, value in told.items() if name != "token_type_ids"}
+
+
+def says_nothing(text) -> bool:
+    """Whether it is no text, nor an image, whose truth is not to be asked for."""
+    return text is None or (isinstance(text, str | list | tuple) and not text)
 
 
 @dataclass

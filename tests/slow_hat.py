@@ -115,10 +115,27 @@ def slow_layer(weights, config, prefix, kind, stream, levels) -> None:
             stream[segment[0]] = post_norm(weights, name, x[0], pooling(weights, prefix, x), eps)
 
 
-def slow_hat(weights, config, ids: torch.Tensor, marks: list[int] | None = None) -> torch.Tensor:
+def with_patches(weights, config, stream, ids, segments, images, frames):
+    """`stream` [length, size] with pixels [channels, height, width] of `images` and `frames` in their segments."""
+    images, frames, size, names = iter(images), iter(frames), config.patch_size, "embed_modalities."
+    for segment in segments:
+        token = int(ids[segment[1]]) if len(segment) > 1 else None
+        modality = {config.image_token_id: 1, config.video_token_id: 2}.get(token, 0)
+        if modality:
+            pixels, places = next((images, frames)[modality - 1]), iter(segment[1:])
+            for top in range(0, config.image_size, size):
+                for left in range(0, config.image_size, size):
+                    patch = pixels[:, top : top + size, left : left + size].flatten()
+                    stream[next(places)] = linear(weights, f"{names}patch_proj", patch)
+        stream[segment] = stream[segment] + weights[f"{names}modalities.weight"][modality]
+
+
+def slow_hat(weights, config, ids: torch.Tensor, marks: list[int] | None = None, images=(), frames=()) -> torch.Tensor:
     """The last hidden states [length, size] of our model with the parameters `weights`, for ids [length]."""
     levels = segments_of(len(ids), marks or [0] * len(ids), config.level_lengths)
     stream = weights["embed_tokens.weight"][ids]
+    if "embed_modalities.modalities.weight" in weights:
+        with_patches(weights, config, stream, ids, levels[0], images, frames)
     if "embed_positions.levels.0.weight" in weights:
         for segment in levels[0]:
             stream[segment] = stream[segment] + weights["embed_positions.levels.0.weight"][: len(segment)]

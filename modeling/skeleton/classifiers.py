@@ -123,6 +123,8 @@ class SequenceClassification(TextHead):
 class MultipleChoice(TextHead):
     """A head that chooses among texts: all arguments are [batch, choices, length], labels [batch]."""
 
+    of_batch: ClassVar[tuple[str, ...]] = ()  # but for these, which are of all texts one after another
+
     def add_head(self, config):
         self.add_scores(config, 1, bias=False)  # what all choices have in common chooses none
 
@@ -143,7 +145,10 @@ class MultipleChoice(TextHead):
         texts = input_ids if inputs_embeds is None else inputs_embeds
         if texts is not None and texts.ndim != 3 + (inputs_embeds is not None):
             raise ValueError(f"Expected [batch, choices, length], not {list(texts.shape)}: give the choices of a row.")
-        flat = {name: x.flatten(0, 1) if isinstance(x, torch.Tensor) and x.ndim > 2 else x for name, x in told.items()}
+        flat = {
+            name: x.flatten(0, 1) if isinstance(x, torch.Tensor) and x.ndim > 2 and name not in self.of_batch else x
+            for name, x in told.items()
+        }
         outputs = self.model(**flat)
         logits = self.scores(outputs, flat["input_ids"], flat["attention_mask"]).view(texts.shape[:2])
         loss = None

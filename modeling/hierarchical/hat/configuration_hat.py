@@ -10,6 +10,7 @@ from ...skeleton.expert_config import SPARSE
 
 READING, POOLING, ASKING = ("level", "gru"), "pool", "down"
 DOCUMENT_POOLINGS = {"max": "document", "leader": "document_vector"}  # and how heads of whole texts take it
+PIXEL_FIELDS = ("image_token_id", "video_token_id", "image_size", "patch_size", "num_channels")
 
 
 @strict
@@ -45,6 +46,11 @@ class ArchHatConfig(ArchConfig):
     max_position_embeddings (`int`, defaults to 4096):
         Tokens of a document of full segments; the last level holds `max_segments`, this over the product of
         `segment_lengths`.
+    image_token_id, video_token_id (`int`, *optional*):
+        The token that stands for a patch of an image, or of a frame of a video. An image is a segment of level 0, and
+        so is a frame: its leader and a placeholder for each patch. Without either the model reads text alone.
+    image_size, patch_size, num_channels (`int`, defaults to 224, 32 and 3):
+        Height and width of images and frames in pixels, those of a patch, and numbers of a pixel.
     """
 
     model_type = "hf_arch_hat"
@@ -69,6 +75,11 @@ class ArchHatConfig(ArchConfig):
     residual_type: str = "post_norm"
     document_pooling: str = "max"
     max_position_embeddings: int = 4096
+    image_token_id: int | None = None
+    video_token_id: int | None = None
+    image_size: int = 224
+    patch_size: int = 32
+    num_channels: int = 3
     hidden_act: str = "gelu"
     norm_eps: float = 1e-5
     attention_bias: bool = True
@@ -96,6 +107,21 @@ class ArchHatConfig(ArchConfig):
             own = {"feed_forward_types": ["dense", "none"] * num_levels}
         own |= {"segment_lengths": [128] * (num_levels - 1), "document_pooling": "leader"}
         return cls(**(own | {"layer_types": pattern, "num_hidden_layers": len(pattern)} | fields))
+
+    def to_dict(self) -> dict:
+        """As of every config; what is said of images is left out where there are none."""
+        fields = super().to_dict()
+        return {name: value for name, value in fields.items() if self.has_pixels or name not in PIXEL_FIELDS}
+
+    @property
+    def has_pixels(self) -> bool:
+        """Whether the model reads images or videos beside text."""
+        return self.image_token_id is not None or self.video_token_id is not None
+
+    @property
+    def num_patches(self) -> int:
+        """Those of an image."""
+        return (self.image_size // self.patch_size) ** 2
 
     @property
     def num_levels(self) -> int:
@@ -173,3 +199,23 @@ class ArchHatConfig(ArchConfig):
         for group, kind in zip(self.layer_groups, self.feed_forward_types, strict=True):
             if kinds.setdefault(group, kind) != kind:
                 raise ValueError(f"Layers that share parameters have feed-forwards {kinds[group]} and {kind}.")
+
+    def validate_pixels(self):
+        if not self.has_pixels:
+            return
+        tokens = {name: getattr(self, name) for name in PIXEL_FIELDS[:2] if getattr(self, name) is not None}
+        for name, token in tokens.items():
+            if not 0 <= token < self.vocab_size or token == self.pad_token_id:
+                raise ValueError(f"{name} {token} is padding, or not in the vocabulary of {self.vocab_size}.")
+        if self.image_token_id == self.video_token_id:
+            raise ValueError(f"image_token_id and video_token_id are both {self.image_token_id}.")
+        for name in PIXEL_FIELDS[2:]:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}.")
+        if not self.segment_lengths or self.num_patches >= self.segment_lengths[0]:
+            raise ValueError(
+                f"An image is a segment of {1 + self.num_patches} members, a leader and its patches, which does not "
+                f"fit into segment_lengths {self.segment_lengths}: take larger patches, or longer segments."
+            )

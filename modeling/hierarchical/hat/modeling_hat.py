@@ -16,6 +16,8 @@ from ...layers.attention import BidirectionalAttention, CrossAttention
 from ...layers.attention_pooling import AttentionPooling
 from ...layers.gated_recurrence import BidirectionalGRU
 from ...layers.levels import AskingMask, AskingView, LevelPositions, MemberMask, MemberView, NoLevelPositions
+from ...layers.modalities import ModalityEmbedding
+from ...layers.pixel_inputs import MODALITIES
 from ...layers.residual import PostNorm, Replaced
 from ...layers.segments import Segmentation, find_segments
 from ...skeleton.backbone import Backbone
@@ -36,6 +38,7 @@ LEVEL_MIXERS = {
 LEVEL_VIEWS = {"level": MemberView, "gru": MemberView, "pool": AskingView, "down": AskingView}
 
 LEVEL_RESIDUALS = {"post_norm": PostNorm, "replaced": Replaced}
+FURTHER = ("segment_starts", *MODALITIES.values())  # inputs, beside those of every head
 LEVEL_POSITIONS = {"learned": LevelPositions, "none": NoLevelPositions}
 
 
@@ -62,6 +65,9 @@ class ArchHatModel(Backbone):
         self.positions = LEVEL_POSITIONS[config.position_type]
         super().__init__(config)
 
+    def add_parts(self, config):
+        self.embed_modalities = ModalityEmbedding(config) if config.has_pixels else None
+
     @can_return_tuple
     def forward(
         self,
@@ -71,6 +77,8 @@ class ArchHatModel(Backbone):
         inputs_embeds: torch.FloatTensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
         segment_starts: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
         **kwargs,
     ) -> SegmentedOutput:
         """
@@ -79,12 +87,18 @@ class ArchHatModel(Backbone):
         segment_starts (`torch.LongTensor` [batch, length], *optional*):
             At each token, how many levels begin a segment there, as the processor marks them: 0 none, 1 a segment of
             tokens, 2 also a segment of segments. A segment also starts where the one before is full.
+        pixel_values (`torch.FloatTensor` [images, channels, height, width], *optional*):
+            The images of the batch, in the order in which their placeholders stand.
+        pixel_values_videos (`torch.FloatTensor` [videos, frames, channels, height, width], *optional*):
+            So the videos; or, where these are of different lengths, [frames, channels, height, width] one after
+            another. A frame is a segment of level 0; with three levels a video is one of level 1.
         """
         check_inputs(self.config, input_ids, inputs_embeds, attention_mask, position_ids, None)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         text = self.segments_of(tokens, attention_mask, position_ids, segment_starts)
-        told = {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids, "return_dict": True}
-        outputs = super().forward(input_ids, self.level_masks(text), text.places, **told, **kwargs)
+        told = self.with_pixels(text, input_ids, inputs_embeds, (pixel_values, pixel_values_videos))
+        told |= {"token_type_ids": token_type_ids, "return_dict": True}
+        outputs = super().forward(attention_mask=self.level_masks(text), position_ids=text.places, **told, **kwargs)
         return with_embeddings(self.config, outputs, text)
 
     def read_turn(
@@ -95,6 +109,8 @@ class ArchHatModel(Backbone):
         inputs_embeds: torch.FloatTensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
         segment_starts: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
     ) -> tuple[SegmentedOutput, DialogueState]:
         """Go on with dialogues [batch, length of the new turns]: what `forward` would say of the whole of them, of the
         tokens of the new turns and of all segments of the level below the last (`level_embeddings[:, -1]`; lower ones
@@ -115,15 +131,26 @@ class ArchHatModel(Backbone):
         check_segment_inputs(tokens, attention_mask, segment_starts)
         text, masks = self.carried_on(tokens, attention_mask, segment_starts, state)
         seen = masks["carried"].shape[1]
-        told = {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids, "return_dict": True}
-        places = text.places[:, seen:]
-        outputs = super().forward(input_ids, masks, places, **told, output_hidden_states=True)
+        told = self.with_pixels(text, input_ids, inputs_embeds, (pixel_values, pixel_values_videos), carried=seen)
+        told |= {"token_type_ids": token_type_ids, "return_dict": True, "output_hidden_states": True}
+        outputs = super().forward(attention_mask=masks, position_ids=text.places[:, seen:], **told)
         members = text.members(self.config.num_levels - 1)
         state = DialogueState(members.unpack(outputs.hidden_states[first]).detach(), members.real)
         told = {"last_hidden_state": outputs.last_hidden_state[:, seen:], "hidden_states": None}
         if self.config.document_pooling == "max" and self.config.num_levels > 2:
             told["pooler_output"] = None  # the largest over segments that are no longer here
         return with_embeddings(self.config, outputs, text, **told), state
+
+    def with_pixels(self, text: Segmentation, input_ids, inputs_embeds, pixels: tuple, carried: int = 0) -> dict:
+        """What the stack is told of tokens and pixels; `carried` columns of the text come before the tokens."""
+        if self.embed_modalities is None:
+            if any(images is not None for images in pixels):
+                raise ValueError("This model reads text alone: its config has no image_token_id and no video_token_id.")
+            return {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        kinds = nn.functional.pad(self.embed_modalities.kinds_of(tokens, self.embed_tokens.weight), (carried, 0))
+        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        return {"inputs_embeds": self.embed_modalities(embeds, kinds, text.members(0), pixels)}
 
     def carried_on(
         self, tokens, attention_mask, segment_starts, state: DialogueState | None
@@ -212,32 +239,35 @@ def check_segment_inputs(tokens: torch.Tensor, attention_mask, segment_starts: t
 class ArchHatForMaskedLM(MaskedLM):
     config: ArchHatConfig
     backbone = ArchHatModel
-    forward = also_named(MaskedLM.forward, "segment_starts")
+    forward = also_named(MaskedLM.forward, *FURTHER)
 
 
 class ArchHatForSequenceClassification(SequenceClassification):
     config: ArchHatConfig
     backbone = ArchHatModel
-    forward = also_named(SequenceClassification.forward, "segment_starts")
+    forward = also_named(SequenceClassification.forward, *FURTHER)
 
 
 class ArchHatForTokenClassification(TokenClassification):
     config: ArchHatConfig
     backbone = ArchHatModel
-    forward = also_named(TokenClassification.forward, "segment_starts")
+    forward = also_named(TokenClassification.forward, *FURTHER)
 
 
 class ArchHatForMultipleChoice(MultipleChoice):
     config: ArchHatConfig
     backbone = ArchHatModel
-    forward = also_named(MultipleChoice.forward, "segment_starts")
+    of_batch = tuple(MODALITIES.values())
+    forward = also_named(MultipleChoice.forward, *FURTHER)
 
 
 class ArchHatForSegmentClassification(SegmentClassification):
     config: ArchHatConfig
     backbone = ArchHatModel
+    forward = also_named(SegmentClassification.forward, *MODALITIES.values())
 
 
 class ArchHatForPreTraining(SegmentPreTraining):
     config: ArchHatConfig
     backbone = ArchHatModel
+    forward = also_named(SegmentPreTraining.forward, *MODALITIES.values())
