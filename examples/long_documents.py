@@ -73,7 +73,9 @@ def trained(train: list[Example], folder: str, vocab_size: int = 6000, **options
 
     trainer = Trainer(
         HAT.load("ForSequenceClassification")(config),
-        TrainingArguments(folder, learning_rate=3e-3, per_device_train_batch_size=4, report_to=[], **options),
+        TrainingArguments(
+            folder, learning_rate=3e-3, per_device_train_batch_size=4, warmup_steps=20, report_to=[], **options
+        ),
         data_collator=DataCollatorWithPadding(processor),
         train_dataset=read(train),
         compute_metrics=lambda found: {"accuracy": (found.predictions.argmax(-1) == found.label_ids).mean()},
