@@ -136,5 +136,5 @@ if __name__ == "__main__":
         said = [last_mention(turns[: turn + 1]) for turns in held_out]
         shares = (sum(map(dict.__eq__, truth, found)) / len(truth) for found in (states[turn], said))
         print(f"after turn {turn + 1}: {{:6.1%}} {{:6.1%}}".format(*shares))
-    read, all_read = (cost / len(held_out) / 1e6 for cost in (costs[1], costs[9]))
-    print(f"The second turn takes {read:.2f} million FLOPs to read, the tenth {all_read:.2f}.")
+    second, tenth, total = (cost / len(held_out) / 1e6 for cost in (costs[1], costs[9], sum(costs)))
+    print(f"Reading takes {second:.1f} million FLOPs of the second turn, {tenth:.1f} of the tenth, {total:.1f} of all.")

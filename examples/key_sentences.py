@@ -109,9 +109,7 @@ if __name__ == "__main__":
         text = [sentence for sentence in licence() if len(sentence.split()) > 9]  # no headings
         (of_licence,) = scores([(text, [0.0] * len(text))])
     often = np.concatenate([key for _, key in held_out]).mean()
-    print(
-        f"{len(held_out)} held-out texts, {often:.1%} of whose sentences are key. Of those that are chosen there are key"
-    )
+    print(f"{len(held_out)} held-out texts, {often:.1%} of whose sentences are key; of those chosen there are key")
     print(*(f"{precision(held_out, chosen):6.1%} if it is {name}" for name, chosen in found.items()), sep="\n")
     print("The licence of transformers:")
     print(*(f"  {text[place]}" for place in sorted(np.argsort(-of_licence)[:SUMMARY])), sep="\n")

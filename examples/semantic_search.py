@@ -72,7 +72,7 @@ def make_trainer(train: list[Pair], held_out: list[Pair], folder: str, **options
     sizes = SIZES | {"vocab_size": VOCABULARY, "max_position_embeddings": LENGTH}
     model = HAT.load("Model")(HAT.load("Config").han(num_levels=1, reads="level", **sizes))
     told = {"per_device_train_batch_size": 64, "per_device_eval_batch_size": 64, "learning_rate": 3e-3}
-    told |= {"warmup_steps": 20, "save_strategy": "no", "report_to": [], "remove_unused_columns": False}
+    told |= {"warmup_steps": 20, "report_to": [], "remove_unused_columns": False}
     return hf_arch.ContrastiveTrainer(
         model,
         TrainingArguments(folder, **told, **options),
@@ -82,13 +82,9 @@ def make_trainer(train: list[Pair], held_out: list[Pair], folder: str, **options
     )
 
 
-def recalls(queries: torch.Tensor, passages: torch.Tensor) -> str:
-    return "".join(f"{hf_arch.recall_at(queries, passages, k):11.1%}" for k in (1, 5, 10))
-
-
-def vectors(trainer: hf_arch.ContrastiveTrainer, held_out: list[Pair]) -> list[torch.Tensor]:
-    """Of queries and passages."""
-    return [torch.as_tensor(each) for each in trainer.predict(held_out).predictions]
+def vectors(trainer: hf_arch.ContrastiveTrainer, pairs: list[Pair]) -> list[torch.Tensor]:
+    """Of queries, and of passages."""
+    return [torch.as_tensor(each) for each in trainer.predict(pairs).predictions]
 
 
 if __name__ == "__main__":
@@ -96,20 +92,19 @@ if __name__ == "__main__":
     words = TfidfVectorizer(sublinear_tf=True).fit([pair["positive"] for pair in held_out])
     by_words = [torch.tensor(words.transform([pair[name] for pair in held_out]).toarray()) for name in held_out[0]]
     with TemporaryDirectory() as folder:
-        trainer = make_trainer(train, held_out, folder, num_train_epochs=3, logging_steps=20)
+        trainer = make_trainer(train, held_out, folder, num_train_epochs=3, logging_steps=20, save_strategy="no")
         before = vectors(trainer, held_out)
         trainer.train()
         after = vectors(trainer, held_out)
-        asked = vectors(trainer, [pair | {"query": question} for pair, question in zip(held_out, QUESTIONS)])[0]
+        asked, _ = vectors(trainer, [{"query": question, "positive": question} for question in QUESTIONS])
     both = [torch.cat((one, other / 2**0.5), dim=1) for one, other in zip(by_words, after, strict=True)]
-    print(f"{len(held_out)} sentences, each to find its passage among as many. It is the first, in the first 5, 10:")
-    for name, found in {"untrained": before, "trained": after, "TF-IDF": by_words, "TF-IDF and trained": both}.items():
-        print(f"{name:20}{recalls(*found)}")
-    asked_by_words = torch.tensor(words.transform(QUESTIONS).toarray())
-    scores = asked_by_words @ by_words[1].T + 0.5 * asked @ after[1].T
+    print(f"{len(held_out)} held-out sentences, and their passages: recall at 1, 5 and 10")
+    for name, found in {"untrained": before, "trained": after, "TF-IDF": by_words, "both": both}.items():
+        print(f"{name:10}", *(f"{hf_arch.recall_at(*found, k):6.1%}" for k in (1, 5, 10)))
+    of_words = torch.tensor(words.transform(QUESTIONS).toarray())
+    scores = torch.cat((of_words, asked / 2**0.5), dim=1) @ both[1].T
     for question, of_passages in zip(QUESTIONS, scores, strict=True):
-        print(
-            question,
-            *(f"  {of_passages[i]:.2f} {held_out[i]['positive'][:100]}" for i in of_passages.topk(3).indices),
-            sep="\n",
-        )
+        best = of_passages.topk(3)
+        print(question)
+        for score, place in zip(*best, strict=True):
+            print(f"  {score:.2f} {held_out[place]['positive'][:100]}")
