@@ -1,8 +1,9 @@
 """What is booked, after each turn of a dialogue: `python examples/dialogue_state.py`.
 
 The dialogues are generated: a guest books a table, names what is wanted and names it anew, takes or declines what is
-offered, speaks of other days, and adds one more person. HAT reads a turn as a segment. It learns from dialogues
-whole; then it follows new ones turn by turn, without reading old turns again. Beside it: what the guest mentioned last.
+offered, speaks of other days, and adds one more person. HAT reads a turn as a segment. It learns from dialogues read as
+a whole; then it follows new ones turn by turn, without reading old turns again. Beside it: what the guest mentioned
+last.
 """
 
 import random

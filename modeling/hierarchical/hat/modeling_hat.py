@@ -126,16 +126,14 @@ class ArchHatModel(Backbone):
         text, masks = self.carried_on(tokens, attention_mask, segment_starts, state)
         seen = state.real.shape[1]
         told = {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids, "return_dict": True}
-        places = text.places[:, seen:]
-        outputs = super().forward(input_ids, masks, places, **told, output_hidden_states=True)
+        outputs = super().forward(input_ids, masks, text.places[:, seen:], **told, output_hidden_states=True)
         told = {"last_hidden_state": outputs.last_hidden_state[:, seen:], "hidden_states": None}
         found = with_embeddings(self.config, outputs, text, **told)
         members = text.members(self.config.num_levels - 1)
         settled = torch.maximum(state.settled, self.settled(outputs.last_hidden_state, text))
         if self.config.document_pooling == "max":
             found.pooler_output = torch.maximum(found.pooler_output, settled)
-        read = members.unpack(outputs.hidden_states[first])
-        return found, DialogueState(read.detach(), members.real, settled.detach())
+        return found, DialogueState(members.unpack(outputs.hidden_states[first]).detach(), members.real, settled.detach())
 
     def settled(self, hidden_states: torch.Tensor, text: Segmentation) -> torch.Tensor:
         """[documents, size] the largest over leaders of level 0 that are no members of the last level."""
