@@ -133,7 +133,8 @@ class ArchHatModel(Backbone):
         settled = torch.maximum(state.settled, self.settled(outputs.last_hidden_state, text))
         if self.config.document_pooling == "max":
             found.pooler_output = torch.maximum(found.pooler_output, settled)
-        return found, DialogueState(members.unpack(outputs.hidden_states[first]).detach(), members.real, settled.detach())
+        read = members.unpack(outputs.hidden_states[first])
+        return found, DialogueState(read.detach(), members.real, settled.detach())
 
     def settled(self, hidden_states: torch.Tensor, text: Segmentation) -> torch.Tensor:
         """[documents, size] the largest over leaders of level 0 that are no members of the last level."""
