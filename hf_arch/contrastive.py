@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.nn.functional import all_gather
 from transformers import EvalPrediction, Trainer
 
 from hf_arch.collators import ContrastiveCollator
@@ -61,6 +63,15 @@ def contrastive_loss(queries: torch.Tensor, candidates: torch.Tensor, temperatur
     return F.cross_entropy(scores, torch.arange(len(queries), device=scores.device))
 
 
+def everywhere(vectors: torch.Tensor) -> list[torch.Tensor]:
+    """Vectors [batch, size] of all processes, our own first; gradients go back to each. Then a mean of the processes'
+    losses is that of one process with all of the batch."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [vectors]
+    parts, own = all_gather(vectors), dist.get_rank()
+    return [parts[own], *parts[:own], *parts[own + 1 :]]
+
+
 def recall_at(queries: torch.Tensor, documents: torch.Tensor, k: int = 1) -> float:
     """The share of `queries` [n, size] whose own document, of `documents` [n or more, size] that in the same place, is
     among the k nearest. What is as near counts as nearer: vectors that are all the same find nothing."""
@@ -73,8 +84,8 @@ class ContrastiveTrainer(Trainer):
     """A Trainer of batches of a `ContrastiveCollator`, whose model is a bare one (`AutoModel`).
 
     temperature: of the cosines in the loss. pooling: as in `embed`. recalls: evaluation tells `recall_at_<k>` of all
-    queries of `eval_dataset` among all its positives. Negatives are those of a process's own batch; a batch that is
-    accumulated in pieces has those of a piece. Arguments need `remove_unused_columns=False`.
+    queries of `eval_dataset` among all its positives. Negatives are those of the batch, of all processes together; a
+    batch that is accumulated in pieces has those of a piece. Arguments need `remove_unused_columns=False`.
     """
 
     def __init__(
@@ -96,7 +107,9 @@ class ContrastiveTrainer(Trainer):
         found = {column: embed(model, told, self.pooling) for column, told in columns(inputs).items()}
         if lacking := [column for column in COLUMNS[:2] if column not in found]:
             raise ValueError(f"The batch has no {lacking[0]}_input_ids: take a {ContrastiveCollator.__name__}.")
-        candidates = torch.cat([found[column] for column in COLUMNS[1:] if column in found])
+        candidates = torch.cat(
+            [part for column in COLUMNS[1:] if column in found for part in everywhere(found[column])]
+        )
         loss = contrastive_loss(found["query"], candidates, self.temperature)
         return (loss, found) if return_outputs else loss
 

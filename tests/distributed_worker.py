@@ -29,6 +29,7 @@ from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
+from hf_arch.contrastive import COLUMNS, ContrastiveTrainer
 from hf_arch.modeling.layers.experts import SideBySide
 from hf_arch.modeling.skeleton import heads, loss
 from hf_arch.modeling.skeleton.backbone import Backbone
@@ -309,6 +310,23 @@ def make_stateful(folder: Path, model: nn.Module, **options) -> StatefulTrainer:
     return StatefulTrainer(model, arguments(folder, **options), train_dataset=Segments(texts, 6, rows=4))
 
 
+def bare_retnet() -> nn.Module:
+    return Case(next(case for case in ROWS if case.row.name == "retnet").row, "Model").build()
+
+
+def make_contrastive(folder: Path, model: nn.Module, **options) -> ContrastiveTrainer:
+    """Each row and what comes next in it, and a row that does not fit."""
+    texts = some_tokens(32, 18).unflatten(1, (3, 6)).remainder(32)
+    rows = [dict(zip(COLUMNS, row, strict=True)) for row in texts]
+
+    def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+        ids = {f"{name}_input_ids": torch.stack([row[name] for row in rows]) for name in COLUMNS}
+        return ids | {f"{name}_attention_mask": torch.ones(len(rows), 6, dtype=torch.long) for name in COLUMNS}
+
+    told = arguments(folder, remove_unused_columns=False, **options)
+    return ContrastiveTrainer(model, told, data_collator=collate, train_dataset=rows)
+
+
 def trainer(build: Callable[[], nn.Module], make: Callable, folder: Path) -> None:
     """The result is kept, for a process without company to compare with."""
     folder = folder / f"{make.__name__}-{build.__name__}"
@@ -327,7 +345,7 @@ def checks_of(case: Case) -> tuple[Callable[[Case, Path], None], ...]:
     return (*checks, expert_parallel, expert_and_data_parallel) if case.config().has_experts else checks
 
 
-TRAINERS = ((toy, make_trainer), (retnet, make_trainer), (retnet, make_stateful))
+TRAINERS = ((toy, make_trainer), (retnet, make_trainer), (retnet, make_stateful), (bare_retnet, make_contrastive))
 CHUNKED = (fully_sharded, tensor_parallel)
 
 

@@ -1,5 +1,7 @@
 """What sets the memory of state spaces trains at a rate of its own and does not decay."""
 
+import re
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -54,3 +56,35 @@ def test_a_trainer_schedules_all_groups(tmp_path):
     assert len(rates) == 4 and rates[0] == [0.1, 0.1, 0.0] and rates[3][0] == pytest.approx(0.025)
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert {name.split(".mixer.")[1] for name in before.keys() - changed} == STATES["s4"]
+
+
+@pytest.mark.parametrize("name, levels", [("hourglass", 2), ("megabyte", 2), ("hnet", 2)])
+def test_levels_of_a_hierarchy_train_at_rates_of_their_own(name, levels, tmp_path):
+    model = tiny(name)
+    assert model.config.num_levels == levels
+    factors = [2.0, 0.5]
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-3, state_lr=1e-4, level_factors=factors))
+    told = TrainingArguments(tmp_path, report_to=[], max_steps=1, lr_scheduler_type="constant")
+    data = [{"input_ids": row, "labels": row} for row in some_tokens(8)]
+    trainer = Trainer(model, told, train_dataset=data, optimizers=(optimizer, None))
+    trainer.train()
+    rates = {id(parameter): group["lr"] for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    states = {
+        id(module.get_parameter(state))
+        for module in model.modules()
+        for state in getattr(module, "state_parameters", ())
+    }
+    assert len(rates) == len(list(model.parameters()))
+    for key, parameter in model.named_parameters():
+        base = rates[id(parameter)] / (1e-4 if id(parameter) in states else 1e-3)
+        layer = re.match(r"model\.layers\.(\d+)\.", key)
+        level = model.config.layer_levels[int(layer[1])] if layer else 0
+        if layer or re.match(r"model\.(embed_tokens|norm|resamplings\.0)|lm_head", key):
+            assert base == pytest.approx(factors[level]), key
+
+
+def test_levels_are_asked_of_what_has_them():
+    with pytest.raises(ValueError, match="2 level_factors, but the model has no levels"):
+        parameter_groups(tiny("s4"), lr=1e-3, level_factors=[2, 1])
+    with pytest.raises(ValueError, match="3 level_factors, but the model has 2 levels"):
+        parameter_groups(tiny("hourglass"), lr=1e-3, level_factors=[3, 2, 1])

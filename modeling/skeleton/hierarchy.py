@@ -19,6 +19,7 @@ To add one:
   `"causal_window_attention"`; `mixers` maps them to classes. `part_norm` puts a norm after each part.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -108,6 +109,14 @@ class Hierarchy(Backbone):
         self.part_norms = nn.ModuleList(
             self.norm_class(config.at_level(level).hidden_size, config.norm_eps) for level in inner
         )
+
+    def parameters_of(self, level: int) -> Iterator[nn.Parameter]:
+        """Those of the layers of a level, of what makes its items into those of the next one, and of its norms."""
+        last = len(self.parts) - 1
+        modules = [layer for layer, at in zip(self.layers, self.config.layer_levels, strict=True) if at == level]
+        modules += [*self.resamplings[level : level + 1], *self.inner_positions[max(0, level - 1) : level]]
+        modules += [norm for part, norm in enumerate(self.part_norms) if min(part, last - part) == level]
+        return (parameter for module in modules for parameter in module.parameters())
 
     def make_positions(self, level: int) -> nn.Module:
         """Of items of a level above tokens: counted anew at each."""

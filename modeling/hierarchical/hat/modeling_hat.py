@@ -25,7 +25,7 @@ from ...skeleton.checks import check_inputs
 from ...skeleton.classifiers import MultipleChoice, SequenceClassification, TokenClassification
 from ...skeleton.heads import MaskedLM, also_named
 from ...skeleton.masks import number_documents
-from ..modeling_levels import SegmentedOutput, with_embeddings
+from ..modeling_levels import SegmentedOutput, largest, with_embeddings
 from ..modeling_segments import SegmentClassification, SegmentPreTraining
 from .configuration_hat import ArchHatConfig
 
@@ -46,11 +46,20 @@ class DialogueState(NamedTuple):
     """What was read of dialogues: the members of the last level, before its layers.
 
     members [dialogues, turns, size], left-aligned; real [dialogues, turns] whether there is one. A turn that is longer
-    than a segment of the level below counts as several.
+    than a segment of the level below counts as several. settled [dialogues, size]: the largest of each number over
+    segments of level 0 whose leader is no such member, which no later turn changes.
     """
 
     members: torch.Tensor
     real: torch.Tensor
+    settled: torch.Tensor
+
+    @classmethod
+    def of_nothing(cls, like: torch.Tensor, dialogues: int) -> "DialogueState":
+        """`like` [..., size]"""
+        size, lowest = like.shape[-1], torch.finfo(like.dtype).min
+        real = torch.zeros(dialogues, 0, dtype=torch.bool, device=like.device)
+        return cls(like.new_zeros(dialogues, 0, size), real, like.new_full((dialogues, size), lowest))
 
 
 class ArchHatModel(Backbone):
@@ -113,8 +122,8 @@ class ArchHatModel(Backbone):
         pixel_values_videos: torch.FloatTensor | None = None,
     ) -> tuple[SegmentedOutput, DialogueState]:
         """Go on with dialogues [batch, length of the new turns]: what `forward` would say of the whole of them, of the
-        tokens of the new turns and of all segments of the level below the last (`level_embeddings[:, -1]`; lower ones
-        are those of the new turns), and the state to go on from.
+        tokens of the new turns, of all segments of the level below the last (`level_embeddings[:, -1]`; lower ones are
+        those of the new turns) and of the dialogue (`pooler_output`); and the state to go on from.
 
         Levels below the last read the new turns alone, as they do in the whole dialogue: the last level reads all
         turns, which are few. It is the same only where no lower layer comes after those of the last level; ValueError
@@ -129,17 +138,20 @@ class ArchHatModel(Backbone):
         check_inputs(self.config, input_ids, inputs_embeds, attention_mask, None, None)
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         check_segment_inputs(tokens, attention_mask, segment_starts)
+        state = DialogueState.of_nothing(self.embed_tokens.weight, len(tokens)) if state is None else state
         text, masks = self.carried_on(tokens, attention_mask, segment_starts, state)
-        seen = masks["carried"].shape[1]
+        seen = state.real.shape[1]
         told = self.with_pixels(text, input_ids, inputs_embeds, (pixel_values, pixel_values_videos), carried=seen)
         told |= {"token_type_ids": token_type_ids, "return_dict": True, "output_hidden_states": True}
         outputs = super().forward(attention_mask=masks, position_ids=text.places[:, seen:], **told)
-        members = text.members(self.config.num_levels - 1)
-        state = DialogueState(members.unpack(outputs.hidden_states[first]).detach(), members.real)
         told = {"last_hidden_state": outputs.last_hidden_state[:, seen:], "hidden_states": None}
-        if self.config.document_pooling == "max" and self.config.num_levels > 2:
-            told["pooler_output"] = None  # the largest over segments that are no longer here
-        return with_embeddings(self.config, outputs, text, **told), state
+        found = with_embeddings(self.config, outputs, text, **told)
+        members = text.members(self.config.num_levels - 1)
+        settled = torch.maximum(state.settled, self.settled(outputs.last_hidden_state, text))
+        if self.config.document_pooling == "max":
+            found.pooler_output = torch.maximum(found.pooler_output, settled)
+        read = members.unpack(outputs.hidden_states[first])
+        return found, DialogueState(read.detach(), members.real, settled.detach())
 
     def with_pixels(self, text: Segmentation, input_ids, inputs_embeds, pixels: tuple, carried: int = 0) -> dict:
         """What the stack is told of tokens and pixels; `carried` columns of the text come before the tokens."""
@@ -152,14 +164,17 @@ class ArchHatModel(Backbone):
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         return {"inputs_embeds": self.embed_modalities(embeds, kinds, text.members(0), pixels)}
 
-    def carried_on(
-        self, tokens, attention_mask, segment_starts, state: DialogueState | None
-    ) -> tuple[Segmentation, dict]:
+    def settled(self, hidden_states: torch.Tensor, text: Segmentation) -> torch.Tensor:
+        """[documents, size] the largest over leaders of level 0 that are no members of the last level."""
+        rows = text.leaders(0)
+        inner = text.begins[0] & ~text.begins[-2]
+        inner = torch.zeros(text.shape, dtype=torch.bool, device=inner.device).flatten().index_put((text.token,), inner)
+        chosen = rows.unpack(inner.view(text.shape))
+        return largest(rows.unpack(hidden_states), chosen if rows.real is None else chosen & rows.real)
+
+    def carried_on(self, tokens, attention_mask, segment_starts, state: DialogueState) -> tuple[Segmentation, dict]:
         """The members that were read before in columns of their own, before those of the new turns."""
         batch, length = tokens.shape[:2]
-        if state is None:
-            nothing = torch.zeros(batch, 0, dtype=torch.bool, device=tokens.device)
-            state = DialogueState(self.embed_tokens.weight.new_zeros(batch, 0, self.config.hidden_size), nothing)
         if len(state.members) != batch:
             raise ValueError(f"The state is of {len(state.members)} dialogues, the new turns are of {batch}.")
         real = torch.ones(batch, length, device=tokens.device) if attention_mask is None else attention_mask

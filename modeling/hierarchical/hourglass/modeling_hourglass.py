@@ -2,6 +2,11 @@
 
 The original shifts a text by shorten_factor - 1 before it is cut into groups. Here the same is said by where groups
 end: at every place that is a multiple of the factor, so that a group is complete as soon as its last token is there.
+
+Attention resampling stays within a group: what it was shortened to asks its own items, and items ask the answer to
+their own group. The authors' trax code lets all items be seen that are not later. Those
+of other groups are known to the layers on both sides already; within groups the cost does not grow with the text, and a
+step needs no keys of earlier tokens.
 """
 
 import torch

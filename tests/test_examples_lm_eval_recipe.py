@@ -1,7 +1,5 @@
-"""The recipe for lm-eval, offline, against probabilities that are computed directly.
-
-Run it with `pytest examples` where the extra `evaluate` is installed; lm-eval is too large for every test run.
-"""
+"""The recipe for lm-eval, offline, against probabilities that are computed directly; where the extra `evaluate` is
+installed."""
 
 import math
 
@@ -9,10 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from examples.lm_eval_recipe import DOCUMENTS, evaluate
 from hf_arch import find
 from hf_arch.demo.text import Document
 from hf_arch.demo.tokens import train_tokenizer
+
+pytest.importorskip("lm_eval", reason="the extra `evaluate` is not installed")
+from examples.lm_eval_recipe import DOCUMENTS, evaluate  # noqa: E402
 
 
 @pytest.fixture
