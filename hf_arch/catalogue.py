@@ -333,6 +333,22 @@ ARCHITECTURES = (
         tiny={"num_hidden_layers": 3, "layer_types": ["level_0", "level_1", "level_0"], "segment_lengths": [16]},
         processor=True,
     ),
+    Architecture(
+        "hat_encoder_decoder",
+        "ArchHatEncoderDecoder",
+        family="hierarchical",
+        title="HAT encoder-decoder",
+        paper="arXiv:1602.06023",
+        heads=("Model", "EncoderModel", "ForConditionalGeneration"),
+        lora_targets=(
+            *("q_proj", "k_proj", "v_proj", "o_proj", "segment_q_proj", "segment_k_proj"),
+            *("gate_proj", "up_proj", "down_proj"),
+        ),
+        tiny={"encoder_num_hidden_layers": 3, "encoder_layer_types": ["level_0", "level_1", "level_0"]}
+        | {"segment_lengths": [8], "num_chosen_segments": 2},
+        head_fields={"EncoderModel": {"is_encoder_decoder": False}},
+        exceptions=FULL_ATTENTION,
+    ),
 )
 
 

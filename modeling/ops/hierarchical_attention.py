@@ -1,0 +1,144 @@
+"""Attention to a document in segments: first to segments, then to the tokens of those that were chosen.
+
+    weight of token j for query i  =  e^(q_i k_j) e^(r_i g_s(j))  /  the same summed over all tokens that i sees
+
+q_i, k_j compare tokens, r_i, g_s compare segments, and s(j) is the segment of j. That is the weight of a token times
+that of its segment, normed again (Nallapati et al., 2016, arXiv:1602.06023, section 2.4); of the softmax over segments
+only the numerator is left, since its denominator is the same for all tokens. A query sees the tokens of the `count`
+segments that it weighs most, as Manakul and Gales (2021, arXiv:2109.03888) let it see the tokens of a few sentences.
+What it weighs them by is part of the answer, and so the choice is learnt.
+
+Each head chooses for itself. It reads as much as if all had one choice, since a head has keys of its own; heads
+together see more of the document; and heads can be dealt out to processes, none of which knows what others chose.
+
+Shapes: query, asking (q and r) [rows, heads, queries, dim].
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from .arrangement import HIDDEN, join_rounds
+from .retrieved_attention import attend_shown, best_blocks, lines_of, rows_at, sorted_pairs
+
+QUERIES_AT_ONCE = 4096
+FEWEST_QUERIES, MOST_QUERIES = 16, 256  # queries that are compared with a segment at once
+QUERIES_OF_STEP = 4  # so few queries take the keys of the segments that they chose, each its own
+
+
+class Source(NamedTuple):
+    """Documents in segments, and who asks which."""
+
+    key: torch.Tensor  # [documents, key heads, segments, longest, dim] of tokens, by segment and place in it
+    value: torch.Tensor
+    leading: torch.Tensor  # [documents, key heads, segments, dim] keys of segments
+    sizes: torch.Tensor  # [documents, segments] the tokens of each, 0 where there is none
+    row: torch.Tensor  # [rows] the document that each row of queries asks
+
+
+def weigh_segments(asking: torch.Tensor, source: Source, scale: float) -> torch.Tensor:
+    """[rows, heads, queries, segments] r g, and -inf where there is no segment."""
+    leading, real = (of_rows(x, source.row) for x in (source.leading, source.sizes > 0))
+    groups = asking.shape[1] // leading.shape[1]
+    asking = (asking * scale).unflatten(1, (-1, groups)).flatten(2, 3)
+    scores = (asking @ leading.to(asking.dtype).transpose(-1, -2)).unflatten(2, (groups, -1)).flatten(1, 2)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return scores.masked_fill(~real[:, None, None], -torch.inf)
+
+
+def of_rows(x: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """x [documents, ...] -> [rows, ...]; as many rows as documents may ask in another order, too."""
+    return x.index_select(0, row)
+
+
+def dense_weights_by_segment(
+    query: torch.Tensor, asking: torch.Tensor, source: Source, count: int, *, scale: float, choose=best_blocks
+) -> torch.Tensor:
+    """The definition: the weights of all tokens [rows, heads, queries, segments, longest]."""
+    of_segments = weigh_segments(asking, source, scale)
+    chosen, there = choose(of_segments, count)
+    seen = torch.zeros_like(of_segments, dtype=torch.bool).scatter(-1, chosen, there)[..., None]
+    seen = seen & inside(of_rows(source.sizes, source.row), source.key.shape[3])[:, None, None]
+    key = of_rows(source.key, source.row).repeat_interleave(query.shape[1] // source.key.shape[1], dim=1)
+    scores = torch.einsum("bhid,bhstd->bhist", query * scale, key.to(query.dtype)) + of_segments[..., None]
+    return scores.masked_fill(~seen, -torch.inf).flatten(-2).softmax(-1).view(scores.shape)
+
+
+def dense_hierarchical_attention(query, asking, source: Source, count: int, *, scale: float, choose=best_blocks):
+    """The definition: what the queries answer, [rows, heads, queries, dim]."""
+    weights = dense_weights_by_segment(query, asking, source, count, scale=scale, choose=choose)
+    value = of_rows(source.value, source.row).repeat_interleave(query.shape[1] // source.value.shape[1], dim=1)
+    return torch.einsum("bhist,bhstd->bhid", weights, value.to(weights.dtype)).to(query.dtype)
+
+
+def inside(sizes: torch.Tensor, longest: int) -> torch.Tensor:
+    """sizes [...] -> [..., longest] whether a place of a segment holds a token."""
+    return torch.arange(longest, device=sizes.device) < sizes[..., None]
+
+
+def hierarchical_attention(
+    query: torch.Tensor,
+    asking: torch.Tensor,
+    source: Source,
+    count: int,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    choose=best_blocks,
+) -> torch.Tensor:
+    """The same, by comparing queries with no token that they do not see: [rows, heads, queries, dim].
+
+    A segment that a query chose is a part of its softmax, whose normalizer the segment's score is added to. Few queries
+    each take the keys of their segments; many are sorted by segment, and those that chose the same compared with it at
+    once. Neither reads the document token by token: a step costs a product with the keys of all segments, and as much
+    as `count` segments have tokens.
+    """
+    if not query.numel():
+        return query
+    outputs = []
+    for some, theirs in zip(query.split(QUERIES_AT_ONCE, dim=2), asking.split(QUERIES_AT_ONCE, dim=2), strict=True):
+        of_segments = weigh_segments(theirs, source, scale)
+        chosen, there = choose(of_segments.detach(), count)
+        attend = attend_each if some.shape[2] <= QUERIES_OF_STEP else attend_sorted
+        output, normalizer = attend(some * scale, source, chosen, there, dropout)
+        weighed = of_segments.gather(-1, chosen).masked_fill(~there, 0)[..., None]
+        normalizer = (normalizer + weighed).masked_fill(~there[..., None], HIDDEN)
+        outputs.append(join_rounds(output, normalizer).to(query.dtype))
+    return torch.cat(outputs, dim=2)
+
+
+def heads_of_rows(query: torch.Tensor, source: Source) -> torch.Tensor:
+    """[rows, heads] which of the documents' heads of keys each head of a row asks."""
+    groups = query.shape[1] // source.key.shape[1]
+    return of_rows(lines_of(source.key), source.row).repeat_interleave(groups, dim=1)
+
+
+def attend_each(query, source: Source, chosen: torch.Tensor, there: torch.Tensor, dropout: float):
+    """(answers [rows, heads, queries, count, dim], normalizers), by taking for each query the segments that it chose
+    [rows, heads, queries, count]."""
+    segments, longest = source.key.shape[2:4]
+    block = heads_of_rows(query, source)[..., None, None] * segments + chosen
+    key, value = (rows_at(x.flatten(0, 2), block).to(query.dtype) for x in (source.key, source.value))
+    sizes = rows_at(source.sizes.flatten(), source.row[:, None, None, None] * segments + chosen)
+    seen = inside(sizes, longest)[..., None, :]
+    output, normalizer = attend_shown(query[..., None, None, :], key, value, seen, dropout)
+    return output.squeeze(-2), normalizer.squeeze(-2)
+
+
+def attend_sorted(query, source: Source, chosen: torch.Tensor, there: torch.Tensor, dropout: float):
+    """The same, by comparing with each segment those who chose it, a few at a time."""
+    heads, queries, count = chosen.shape[1:]
+    segments, longest = source.key.shape[2:4]
+    size = 2 ** (queries * count // segments // 2).bit_length()
+    size = min(max(FEWEST_QUERIES, size), MOST_QUERIES)
+    numbers = torch.where(there, chosen, segments).flatten(2).flatten(0, 1)
+    slot, pair, block = sorted_pairs(numbers, segments, size)
+    lines = lines_of(query).flatten()[:, None]
+    of_key = heads_of_rows(query, source).flatten()[:, None] * segments + block
+    key, value = (rows_at(x.flatten(0, 2), of_key).to(query.dtype) for x in (source.key, source.value))
+    asked = rows_at(query.flatten(0, 2), lines * queries + pair.clamp(min=0) // count).unflatten(1, (-1, size))
+    of_size = source.row.repeat_interleave(heads)[:, None] * segments + block
+    seen = inside(rows_at(source.sizes.flatten(), of_size), longest)[:, :, None]
+    found = attend_shown(asked, key, value, seen, dropout)
+    place = lines * pair.shape[1] + slot
+    return tuple(rows_at(x.flatten(0, 2), place).view(-1, heads, queries, count, x.shape[-1]) for x in found)
