@@ -345,7 +345,7 @@ ARCHITECTURES = (
             *("gate_proj", "up_proj", "down_proj"),
         ),
         tiny={"encoder_num_hidden_layers": 3, "encoder_layer_types": ["level_0", "level_1", "level_0"]}
-        | {"segment_lengths": [8], "num_chosen_segments": 2},
+        | {"segment_lengths": [8], "num_chosen_segments": 2, "tie_word_embeddings": False},
         head_fields={"EncoderModel": {"is_encoder_decoder": False}},
         exceptions=FULL_ATTENTION,
     ),

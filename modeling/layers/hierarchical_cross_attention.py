@@ -102,7 +102,8 @@ class HierarchicalCrossAttention(CrossAttention):
         if not cross_cache.is_updated.get(layer_idx):
             source, column = self.read(encoded, layout)
             layers[layer_idx : layer_idx + 1] = [SourceCacheLayer()]
-            layers[layer_idx].write(encoded.shape[1], **source._asdict(), column=column)
+            own = {"row": source.row.clone(), "sizes": source.sizes.clone()}  # layers may be kept apart
+            layers[layer_idx].write(encoded.shape[1], **(source._asdict() | own), column=column)
             cross_cache.is_updated[layer_idx] = True
         held = layers[layer_idx].states
         return Source(*(held[name] for name in Source._fields)), held["column"]
