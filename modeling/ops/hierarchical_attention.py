@@ -17,13 +17,13 @@ Shapes: query, asking (q and r) [rows, heads, queries, dim].
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from .arrangement import HIDDEN, join_rounds
 from .retrieved_attention import attend_shown, best_blocks, lines_of, rows_at, sorted_pairs
 
 QUERIES_AT_ONCE = 4096
 FEWEST_QUERIES, MOST_QUERIES = 16, 256  # queries that are compared with a segment at once
-QUERIES_OF_STEP = 4  # so few queries take the keys of the segments that they chose, each its own
 
 
 class Source(NamedTuple):
@@ -88,10 +88,10 @@ def hierarchical_attention(
 ) -> torch.Tensor:
     """The same, by comparing queries with no token that they do not see: [rows, heads, queries, dim].
 
-    A segment that a query chose is a part of its softmax, whose normalizer the segment's score is added to. Few queries
-    each take the keys of their segments; many are sorted by segment, and those that chose the same compared with it at
-    once. Neither reads the document token by token: a step costs a product with the keys of all segments, and as much
-    as `count` segments have tokens.
+    A segment that a query chose is a part of its softmax, whose normalizer the segment's score is added to. Where
+    queries choose fewer segments than there are, each takes the keys of its own: a step costs a product with the keys
+    of all segments, and what it takes to attend to `count` of them. More queries are sorted by segment, and those that
+    chose the same compared with it at once.
     """
     if not query.numel():
         return query
@@ -99,7 +99,7 @@ def hierarchical_attention(
     for some, theirs in zip(query.split(QUERIES_AT_ONCE, dim=2), asking.split(QUERIES_AT_ONCE, dim=2), strict=True):
         of_segments = weigh_segments(theirs, source, scale)
         chosen, there = choose(of_segments.detach(), count)
-        attend = attend_each if some.shape[2] <= QUERIES_OF_STEP else attend_sorted
+        attend = attend_each if chosen[0, 0].numel() <= of_segments.shape[-1] else attend_sorted
         output, normalizer = attend(some * scale, source, chosen, there, dropout)
         weighed = of_segments.gather(-1, chosen).masked_fill(~there, 0)[..., None]
         normalizer = (normalizer + weighed).masked_fill(~there[..., None], HIDDEN)
@@ -113,12 +113,17 @@ def heads_of_rows(query: torch.Tensor, source: Source) -> torch.Tensor:
     return of_rows(lines_of(source.key), source.row).repeat_interleave(groups, dim=1)
 
 
+def taken(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """x [lines, ...] -> [*index.shape, ...]; as a table of embeddings, whose gradient is added up a line at a time."""
+    return F.embedding(index, x.flatten(1)).unflatten(-1, x.shape[1:])
+
+
 def attend_each(query, source: Source, chosen: torch.Tensor, there: torch.Tensor, dropout: float):
     """(answers [rows, heads, queries, count, dim], normalizers), by taking for each query the segments that it chose
     [rows, heads, queries, count]."""
     segments, longest = source.key.shape[2:4]
     block = heads_of_rows(query, source)[..., None, None] * segments + chosen
-    key, value = (rows_at(x.flatten(0, 2), block).to(query.dtype) for x in (source.key, source.value))
+    key, value = (taken(x.flatten(0, 2), block).to(query.dtype) for x in (source.key, source.value))
     sizes = rows_at(source.sizes.flatten(), source.row[:, None, None, None] * segments + chosen)
     seen = inside(sizes, longest)[..., None, :]
     output, normalizer = attend_shown(query[..., None, None, :], key, value, seen, dropout)
@@ -135,10 +140,10 @@ def attend_sorted(query, source: Source, chosen: torch.Tensor, there: torch.Tens
     slot, pair, block = sorted_pairs(numbers, segments, size)
     lines = lines_of(query).flatten()[:, None]
     of_key = heads_of_rows(query, source).flatten()[:, None] * segments + block
-    key, value = (rows_at(x.flatten(0, 2), of_key).to(query.dtype) for x in (source.key, source.value))
-    asked = rows_at(query.flatten(0, 2), lines * queries + pair.clamp(min=0) // count).unflatten(1, (-1, size))
+    key, value = (taken(x.flatten(0, 2), of_key).to(query.dtype) for x in (source.key, source.value))
+    asked = taken(query.flatten(0, 2), lines * queries + pair.clamp(min=0) // count).unflatten(1, (-1, size))
     of_size = source.row.repeat_interleave(heads)[:, None] * segments + block
     seen = inside(rows_at(source.sizes.flatten(), of_size), longest)[:, :, None]
     found = attend_shown(asked, key, value, seen, dropout)
     place = lines * pair.shape[1] + slot
-    return tuple(rows_at(x.flatten(0, 2), place).view(-1, heads, queries, count, x.shape[-1]) for x in found)
+    return tuple(taken(x.flatten(0, 2), place).view(-1, heads, queries, count, x.shape[-1]) for x in found)
