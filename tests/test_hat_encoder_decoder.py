@@ -249,21 +249,21 @@ def test_a_step_costs_by_segments():
 
 
 def test_the_choice_is_learnt(tmp_path):
-    """A letter behind a mark, somewhere in four segments, of which one is seen: naming it is only learnt if choosing
-    is. At random it would be one in six; who looked at one segment by chance would be right a quarter of the time
-    more often."""
+    """Half of one segment of four is a letter, to be named by who sees one segment, and the encoder tells no other of
+    it: who chose at random would be right in three of eight new texts."""
     torch.manual_seed(0)
-    letters, places = torch.randint(4, 10, (256,)), torch.randint(0, 31, (256,))
-    ids = torch.randint(12, 60, (256, 32))
-    ids.scatter_(1, places[:, None], 3).scatter_(1, places[:, None] + 1, letters[:, None])
-    rows = [{"input_ids": row, "labels": torch.tensor([letter, 2])} for row, letter in zip(ids, letters, strict=True)]
-    model = CASE.build(torch.float32, initializer_range=0.1, num_chosen_segments=1, num_hidden_layers=1)
+    letters, where = torch.randint(4, 10, (2688,)), torch.randint(0, 4, (2688,))
+    ids, row = torch.randint(12, 60, (2688, 4, 8)), torch.arange(2688)
+    ids[row, where] = torch.where(torch.rand(2688, 8).argsort(-1) < 4, letters[:, None], ids[row, where])
+    rows = [{"input_ids": text, "labels": letter[None]} for text, letter in zip(ids.flatten(1), letters, strict=True)]
+    encoder = {"encoder_num_hidden_layers": 2, "encoder_layer_types": ["level_1", "level_0"]}
+    model = CASE.build(torch.float32, initializer_range=0.1, num_chosen_segments=1, num_hidden_layers=1, **encoder)
     arguments = Seq2SeqTrainingArguments(
         str(tmp_path),
-        max_steps=160,
-        learning_rate=3e-3,
+        max_steps=80,
+        learning_rate=1e-2,
         per_device_train_batch_size=32,
-        per_device_eval_batch_size=64,
+        per_device_eval_batch_size=128,
         predict_with_generate=True,
         generation_max_length=3,
         save_strategy="no",
@@ -271,10 +271,10 @@ def test_the_choice_is_learnt(tmp_path):
         use_cpu=True,
         disable_tqdm=True,
     )
-    trainer = Seq2SeqTrainer(model, arguments, train_dataset=rows)
+    trainer = Seq2SeqTrainer(model, arguments, train_dataset=rows[:2560])
     trainer.train()
-    predicted = torch.tensor(trainer.predict(rows[:64]).predictions[:, 1])
-    assert (predicted == letters[:64]).float().mean() > 0.8
+    predicted = torch.tensor(trainer.predict(rows[2560:]).predictions[:, 1])
+    assert (predicted == letters[2560:]).float().mean() > 0.9
 
 
 @torch.no_grad()
@@ -313,7 +313,7 @@ def test_wrong_calls_and_configs_are_explained(model, tokens):
 
 
 def test_the_example_runs():
-    (example,) = doctest.DocTestFinder().find(ROW.load(CASE.head), "example", globs={})
+    (example,) = doctest.DocTestFinder(recurse=False).find(ROW.load(CASE.head), "example", globs={})
     assert doctest.DocTestRunner().run(example).failed == 0
 
 
