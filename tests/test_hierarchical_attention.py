@@ -58,7 +58,7 @@ def test_the_definition_is_the_papers(sizes, count):
 @pytest.mark.parametrize("sizes", SIZES)
 def test_fast_forms_are_the_definition(sizes, queries, count, at_once, monkeypatch):
     """Also of several rows that ask one document, out of order, and in their gradients."""
-    monkeypatch.setattr(op, "QUERIES_AT_ONCE", at_once)
+    monkeypatch.setattr(op, "ASKING_AT_ONCE", at_once)
     query, asking, source = asked(sizes, queries, row=(1, 0, 1))
     leaves, mixture = (query, asking, *source[:3]), torch.randn(query.shape, dtype=query.dtype)
     found = []

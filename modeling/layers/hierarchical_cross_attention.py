@@ -80,7 +80,7 @@ class HierarchicalCrossAttention(CrossAttention):
         weights, told = None, {"scale": self.scaling, "choose": self.choose}
         if weights_asked(self.config, output_attentions):
             weights = dense_weights_by_segment(query, asking, source, self.count, **told)
-            weights = of_columns(weights, of_rows(token, source.row), encoder_hidden_states.shape[1])
+            weights = by_column(weights, of_rows(token, source.row), encoder_hidden_states.shape[1])
         dropout = self.attention_dropout if self.training else 0.0
         output = hierarchical_attention(query, asking, source, self.count, dropout=dropout, **told).transpose(1, 2)
         if packed is not None:
@@ -121,7 +121,7 @@ class HierarchicalCrossAttention(CrossAttention):
         return source, layout.token % layout.length
 
 
-def of_columns(weights: torch.Tensor, column: torch.Tensor, length: int) -> torch.Tensor:
+def by_column(weights: torch.Tensor, column: torch.Tensor, length: int) -> torch.Tensor:
     """weights [rows, heads, queries, segments, longest] of the tokens in the columns [rows, segments, longest] ->
     [rows, heads, queries, length]."""
     weights = weights.flatten(-2)

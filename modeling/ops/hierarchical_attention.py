@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from .arrangement import HIDDEN, join_rounds
 from .retrieved_attention import attend_shown, best_blocks, lines_of, rows_at, sorted_pairs
 
-QUERIES_AT_ONCE = 4096
-FEWEST_QUERIES, MOST_QUERIES = 16, 256  # queries that are compared with a segment at once
+ASKING_AT_ONCE = 4096
+FEWEST_ASKING, MOST_ASKING = 16, 256  # queries that are compared with a segment at once
 
 
 class Source(NamedTuple):
@@ -58,7 +58,7 @@ def dense_weights_by_segment(
     of_segments = weigh_segments(asking, source, scale)
     chosen, there = choose(of_segments, count)
     seen = torch.zeros_like(of_segments, dtype=torch.bool).scatter(-1, chosen, there)[..., None]
-    seen = seen & inside(of_rows(source.sizes, source.row), source.key.shape[3])[:, None, None]
+    seen = seen & within_segments(of_rows(source.sizes, source.row), source.key.shape[3])[:, None, None]
     key = of_rows(source.key, source.row).repeat_interleave(query.shape[1] // source.key.shape[1], dim=1)
     scores = torch.einsum("bhid,bhstd->bhist", query * scale, key.to(query.dtype)) + of_segments[..., None]
     return scores.masked_fill(~seen, -torch.inf).flatten(-2).softmax(-1).view(scores.shape)
@@ -71,7 +71,7 @@ def dense_hierarchical_attention(query, asking, source: Source, count: int, *, s
     return torch.einsum("bhist,bhstd->bhid", weights, value.to(weights.dtype)).to(query.dtype)
 
 
-def inside(sizes: torch.Tensor, longest: int) -> torch.Tensor:
+def within_segments(sizes: torch.Tensor, longest: int) -> torch.Tensor:
     """sizes [...] -> [..., longest] whether a place of a segment holds a token."""
     return torch.arange(longest, device=sizes.device) < sizes[..., None]
 
@@ -96,7 +96,7 @@ def hierarchical_attention(
     if not query.numel():
         return query
     outputs = []
-    for some, theirs in zip(query.split(QUERIES_AT_ONCE, dim=2), asking.split(QUERIES_AT_ONCE, dim=2), strict=True):
+    for some, theirs in zip(query.split(ASKING_AT_ONCE, dim=2), asking.split(ASKING_AT_ONCE, dim=2), strict=True):
         of_segments = weigh_segments(theirs, source, scale)
         chosen, there = choose(of_segments.detach(), count)
         attend = attend_each if chosen[0, 0].numel() <= of_segments.shape[-1] else attend_sorted
@@ -113,7 +113,7 @@ def heads_of_rows(query: torch.Tensor, source: Source) -> torch.Tensor:
     return of_rows(lines_of(source.key), source.row).repeat_interleave(groups, dim=1)
 
 
-def taken(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def lines_at(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """x [lines, ...] -> [*index.shape, ...]; as a table of embeddings, whose gradient is added up a line at a time."""
     return F.embedding(index, x.flatten(1)).unflatten(-1, x.shape[1:])
 
@@ -123,9 +123,9 @@ def attend_each(query, source: Source, chosen: torch.Tensor, there: torch.Tensor
     [rows, heads, queries, count]."""
     segments, longest = source.key.shape[2:4]
     block = heads_of_rows(query, source)[..., None, None] * segments + chosen
-    key, value = (taken(x.flatten(0, 2), block).to(query.dtype) for x in (source.key, source.value))
+    key, value = (lines_at(x.flatten(0, 2), block).to(query.dtype) for x in (source.key, source.value))
     sizes = rows_at(source.sizes.flatten(), source.row[:, None, None, None] * segments + chosen)
-    seen = inside(sizes, longest)[..., None, :]
+    seen = within_segments(sizes, longest)[..., None, :]
     output, normalizer = attend_shown(query[..., None, None, :], key, value, seen, dropout)
     return output.squeeze(-2), normalizer.squeeze(-2)
 
@@ -135,15 +135,15 @@ def attend_sorted(query, source: Source, chosen: torch.Tensor, there: torch.Tens
     heads, queries, count = chosen.shape[1:]
     segments, longest = source.key.shape[2:4]
     size = 2 ** (queries * count // segments // 2).bit_length()
-    size = min(max(FEWEST_QUERIES, size), MOST_QUERIES)
+    size = min(max(FEWEST_ASKING, size), MOST_ASKING)
     numbers = torch.where(there, chosen, segments).flatten(2).flatten(0, 1)
     slot, pair, block = sorted_pairs(numbers, segments, size)
     lines = lines_of(query).flatten()[:, None]
     of_key = heads_of_rows(query, source).flatten()[:, None] * segments + block
-    key, value = (taken(x.flatten(0, 2), of_key).to(query.dtype) for x in (source.key, source.value))
-    asked = taken(query.flatten(0, 2), lines * queries + pair.clamp(min=0) // count).unflatten(1, (-1, size))
+    key, value = (lines_at(x.flatten(0, 2), of_key).to(query.dtype) for x in (source.key, source.value))
+    asked = lines_at(query.flatten(0, 2), lines * queries + pair.clamp(min=0) // count).unflatten(1, (-1, size))
     of_size = source.row.repeat_interleave(heads)[:, None] * segments + block
-    seen = inside(rows_at(source.sizes.flatten(), of_size), longest)[:, :, None]
+    seen = within_segments(rows_at(source.sizes.flatten(), of_size), longest)[:, :, None]
     found = attend_shown(asked, key, value, seen, dropout)
     place = lines * pair.shape[1] + slot
-    return tuple(taken(x.flatten(0, 2), place).view(-1, heads, queries, count, x.shape[-1]) for x in found)
+    return tuple(lines_at(x.flatten(0, 2), place).view(-1, heads, queries, count, x.shape[-1]) for x in found)
