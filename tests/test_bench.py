@@ -18,11 +18,11 @@ from hf_arch.bench.peers import LLAMA, PEERS, Environment, chosen_peers
 from hf_arch.bench.process import Worker, WorkerFailed, Workers
 from hf_arch.bench.results import Figure, Result, exponent, load
 from hf_arch.bench.run import lengths_of, run
-from hf_arch.bench.settings import MEASURES, SMALL, Settings, settings_for
+from hf_arch.bench.settings import ANSWERING, MEASURES, SMALL, Settings, settings_for
 from hf_arch.bench.worker.hugging_face import Ours, StaticTransformers, Transformers
 from hf_arch.bench.worker.memory import in_a_fork, peak_bytes
 from hf_arch.bench.worker.serve import ON_CPU
-from hf_arch.bench.worker.subject import held_bytes
+from hf_arch.bench.worker.subject import ANSWER, held_bytes
 from hf_arch.modeling.hierarchical.hnet.modeling_hnet import DynamicChunking
 from hf_arch.modeling.layers.mixer import Mixer
 from hf_arch.modeling.layers.routed_view import RoutedView
@@ -60,8 +60,9 @@ def counted(row, span, **fields) -> int:
     with torch.no_grad():
         model(torch.full((1, 1), 5))  # what is made once for all texts
         cache = model(torch.full((1, span.before), 5), use_cache=True).past_key_values if span.before else None
+        answer = {"decoder_input_ids": torch.full((1, ANSWER), 5)} if row.name in ANSWERING else {}
         with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counter:
-            model(torch.full((1, span.tokens), 5), past_key_values=cache, use_cache=cache is not None)
+            model(torch.full((1, span.tokens), 5), past_key_values=cache, use_cache=cache is not None, **answer)
     return counter.get_total_flops()
 
 
