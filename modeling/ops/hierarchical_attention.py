@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .arrangement import HIDDEN, join_rounds
+from .arrangement import join_rounds
 from .retrieved_attention import attend_shown, best_blocks, lines_of, rows_at, sorted_pairs
 
 ASKING_AT_ONCE = 4096
@@ -88,10 +88,9 @@ def hierarchical_attention(
 ) -> torch.Tensor:
     """The same, by comparing queries with no token that they do not see: [rows, heads, queries, dim].
 
-    A segment that a query chose is a part of its softmax, whose normalizer the segment's score is added to. Where
-    queries choose fewer segments than there are, each takes the keys of its own: a step costs a product with the keys
-    of all segments, and what it takes to attend to `count` of them. More queries are sorted by segment, and those that
-    chose the same compared with it at once.
+    Where queries choose fewer segments than there are, each takes the keys of its own: a step costs a product with the
+    keys of all segments, and what it takes to attend to `count` of them. More queries are sorted by segment, and those
+    that chose the same compared with it at once.
     """
     if not query.numel():
         return query
@@ -100,11 +99,9 @@ def hierarchical_attention(
         of_segments = weigh_segments(theirs, source, scale)
         chosen, there = choose(of_segments.detach(), count)
         attend = attend_each if chosen[0, 0].numel() <= of_segments.shape[-1] else attend_sorted
-        output, normalizer = attend(some * scale, source, chosen, there, dropout)
-        weighed = of_segments.gather(-1, chosen).masked_fill(~there, 0)[..., None]
-        normalizer = (normalizer + weighed).masked_fill(~there[..., None], HIDDEN)
-        outputs.append(join_rounds(output, normalizer).to(query.dtype))
-    return torch.cat(outputs, dim=2)
+        weighed = of_segments.gather(-1, chosen).masked_fill(~there, -torch.inf)
+        outputs.append(attend(some * scale, source, chosen, weighed, dropout).to(query.dtype))
+    return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
 
 
 def heads_of_rows(query: torch.Tensor, source: Source) -> torch.Tensor:
@@ -118,25 +115,29 @@ def lines_at(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return F.embedding(index, x.flatten(1)).unflatten(-1, x.shape[1:])
 
 
-def attend_each(query, source: Source, chosen: torch.Tensor, there: torch.Tensor, dropout: float):
-    """(answers [rows, heads, queries, count, dim], normalizers), by taking for each query the segments that it chose
-    [rows, heads, queries, count]."""
+def attend_each(query, source: Source, chosen: torch.Tensor, weighed: torch.Tensor, dropout: float) -> torch.Tensor:
+    """What each query answers who takes the segments that it chose [rows, heads, queries, count], and weighed; -inf
+    where there are not as many."""
     segments, longest = source.key.shape[2:4]
     block = heads_of_rows(query, source)[..., None, None] * segments + chosen
-    key, value = (lines_at(x.flatten(0, 2), block).to(query.dtype) for x in (source.key, source.value))
+    key, value = (
+        lines_at(x.flatten(0, 2), block).to(query.dtype).flatten(3, 4).flatten(0, 1) for x in (source.key, source.value)
+    )
     sizes = rows_at(source.sizes.flatten(), source.row[:, None, None, None] * segments + chosen)
-    seen = within_segments(sizes, longest)[..., None, :]
-    output, normalizer = attend_shown(query[..., None, None, :], key, value, seen, dropout)
-    return output.squeeze(-2), normalizer.squeeze(-2)
+    mask = weighed[..., None].masked_fill(~within_segments(sizes, longest), -torch.inf)
+    mask = mask.to(query.dtype).flatten(-2).flatten(0, 1)[:, :, None]
+    output = F.scaled_dot_product_attention(query.flatten(0, 1)[:, :, None], key, value, mask, dropout, scale=1.0)
+    return output.squeeze(2).unflatten(0, query.shape[:2])
 
 
-def attend_sorted(query, source: Source, chosen: torch.Tensor, there: torch.Tensor, dropout: float):
-    """The same, by comparing with each segment those who chose it, a few at a time."""
+def attend_sorted(query, source: Source, chosen: torch.Tensor, weighed: torch.Tensor, dropout: float) -> torch.Tensor:
+    """The same, by comparing with each segment those who chose it, a few at a time: a part of their softmax, whose
+    normalizer the segment's score is added to."""
     heads, queries, count = chosen.shape[1:]
     segments, longest = source.key.shape[2:4]
     size = 2 ** (queries * count // segments // 2).bit_length()
     size = min(max(FEWEST_ASKING, size), MOST_ASKING)
-    numbers = torch.where(there, chosen, segments).flatten(2).flatten(0, 1)
+    numbers = torch.where(weighed > -torch.inf, chosen, segments).flatten(2).flatten(0, 1)
     slot, pair, block = sorted_pairs(numbers, segments, size)
     lines = lines_of(query).flatten()[:, None]
     of_key = heads_of_rows(query, source).flatten()[:, None] * segments + block
@@ -146,4 +147,5 @@ def attend_sorted(query, source: Source, chosen: torch.Tensor, there: torch.Tens
     seen = within_segments(rows_at(source.sizes.flatten(), of_size), longest)[:, :, None]
     found = attend_shown(asked, key, value, seen, dropout)
     place = lines * pair.shape[1] + slot
-    return tuple(lines_at(x.flatten(0, 2), place).view(-1, heads, queries, count, x.shape[-1]) for x in found)
+    output, normalizer = (lines_at(x.flatten(0, 2), place).view(-1, heads, queries, count, x.shape[-1]) for x in found)
+    return join_rounds(output, normalizer + weighed[..., None])
