@@ -348,9 +348,10 @@ ARCHITECTURES = (
         | {"segment_lengths": [8], "num_chosen_segments": 2, "tie_word_embeddings": False},
         head_fields={"EncoderModel": {"is_encoder_decoder": False}},
         exceptions={
-            "bounded state": "The decoder sees all of its answer, and chooses from all of the source: caches hold both.",
-            "bounded step": "And a step reads all of the answer; of the source a vector for each segment, and the tokens "
-            "of a few, however long it is.",
+            "bounded state": "The decoder sees all of its answer, and chooses from all of the source: its caches "
+            "hold both.",
+            "bounded step": "And a step reads all of the answer; of the source a vector for each segment, and the "
+            "tokens of a few, however long it is.",
             "linear cost": "The decoder compares all pairs of tokens of its answer, and the encoder all pairs of "
             "segments.",
         },
