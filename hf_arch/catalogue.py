@@ -344,7 +344,7 @@ ARCHITECTURES = (
             *("q_proj", "k_proj", "v_proj", "o_proj", "segment_q_proj", "segment_k_proj"),
             *("gate_proj", "up_proj", "down_proj"),
         ),
-        tiny={"encoder_num_hidden_layers": 3, "encoder_layer_types": ["level_0", "level_1", "level_0"]}
+        tiny={"encoder_num_hidden_layers": 2, "encoder_layer_types": ["level_0", "level_1"]}
         | {"segment_lengths": [8], "num_chosen_segments": 2, "tie_word_embeddings": False},
         head_fields={"EncoderModel": {"is_encoder_decoder": False}},
         exceptions={

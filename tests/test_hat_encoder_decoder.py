@@ -256,8 +256,8 @@ def test_the_choice_is_learnt(tmp_path):
     ids, row = torch.randint(12, 60, (2688, 4, 8)), torch.arange(2688)
     ids[row, where] = torch.where(torch.rand(2688, 8).argsort(-1) < 4, letters[:, None], ids[row, where])
     rows = [{"input_ids": text, "labels": letter[None]} for text, letter in zip(ids.flatten(1), letters, strict=True)]
-    encoder = {"encoder_num_hidden_layers": 2, "encoder_layer_types": ["level_1", "level_0"]}
-    model = CASE.build(torch.float32, initializer_range=0.1, num_chosen_segments=1, num_hidden_layers=1, **encoder)
+    fields = {"encoder_layer_types": ["level_1", "level_0"], "num_hidden_layers": 1, "num_chosen_segments": 1}
+    model = CASE.build(torch.float32, initializer_range=0.1, **fields)
     arguments = Seq2SeqTrainingArguments(
         str(tmp_path),
         max_steps=80,
@@ -275,6 +275,19 @@ def test_the_choice_is_learnt(tmp_path):
     trainer.train()
     predicted = torch.tensor(trainer.predict(rows[2560:]).predictions[:, 1])
     assert (predicted == letters[2560:]).float().mean() > 0.9
+
+
+@torch.no_grad()
+def test_groups_of_heads_share_keys_of_tokens_and_of_segments(model, source, tokens):
+    grouped = CASE.build(num_key_value_heads=2)
+    weights = grouped.state_dict()
+    for name, weight in weights.items():
+        if "decoder.layers" in name and name.split(".")[-2] in ("k_proj", "v_proj", "segment_k_proj"):
+            weights[name] = weight.unflatten(0, (2, -1)).repeat_interleave(2, dim=0).flatten(0, 1)
+    model.load_state_dict(weights)
+    expected = model(**source, decoder_input_ids=tokens[:, :30]).logits
+    assert_close(grouped(**source, decoder_input_ids=tokens[:, :30]).logits, expected, **EXACT)
+    assert torch.equal(grouped.generate(**source, **GREEDY), model.generate(**source, **GREEDY))
 
 
 @torch.no_grad()
@@ -304,8 +317,8 @@ def test_wrong_calls_and_configs_are_explained(model, tokens):
     for fields, message in (
         ({"num_chosen_segments": 0}, "num_chosen_segments is 0"),
         ({"segment_lengths": [0]}, "In the encoder: segment_lengths has 0"),
-        ({"encoder_layer_types": ["level_0"] * 3}, "In the encoder: No layer works at level_1"),
-        ({"encoder_feed_forward_types": ["gated"] * 3}, "In the encoder: feed_forward_types has gated"),
+        ({"encoder_layer_types": ["level_0"] * 2}, "In the encoder: No layer works at level_1"),
+        ({"encoder_feed_forward_types": ["gated"] * 2}, "In the encoder: feed_forward_types has gated"),
         ({"encoder_num_hidden_layers": 0, "encoder_layer_types": None}, "num_hidden_layers is 0"),
     ):
         with pytest.raises(StrictDataclassError, match=message):
