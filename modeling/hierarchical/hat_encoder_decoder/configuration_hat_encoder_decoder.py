@@ -81,6 +81,7 @@ class ArchHatEncoderDecoderConfig(ArchEncoderDecoderConfig):
             layer_types=self.encoder_layer_types,
             feed_forward_types=self.encoder_feed_forward_types,
             pad_token_id=None if self.decoder_start_token_id == self.pad_token_id else self.pad_token_id,
+            output_attentions=self.output_attentions,
             attn_implementation=self._attn_implementation,
             experts_implementation=self._experts_implementation,
         )
