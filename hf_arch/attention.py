@@ -18,7 +18,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import rotate_half
 
-from hf_arch.modeling.ops.banded_attention import Band, attend_seen, banded_attention, make_band
+from hf_arch.modeling.ops.band import Band, make_band
+from hf_arch.modeling.ops.banded_attention import attend_seen, banded_attention
 from hf_arch.modeling.ops.documents import document_places
 
 FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the text

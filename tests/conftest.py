@@ -1,3 +1,4 @@
+import gc
 import os
 import re
 from collections import Counter
@@ -16,6 +17,15 @@ spent: Counter[str] = Counter()
 def pytest_collection_modifyitems(items):
     """The files that take longest come first, so that no process is left alone with one of them at the end."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """What a file leaves behind is not looked at by every collection of garbage from there on: graphs of compiled
+    models alone make each one take a second, and a Trainer asks for several."""
+    if nextitem is not None and nextitem.path != item.path:
+        torch._dynamo.reset()
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -8,14 +8,9 @@ import torch
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_arch.modeling.ops.banded_attention import (
-    banded_attention,
-    dense_weights,
-    fused,
-    make_band,
-    visible_in_band,
-    written_out,
-)
+from hf_arch.modeling.ops.attention_kernels import fused, written_out
+from hf_arch.modeling.ops.band import make_band, visible_in_band
+from hf_arch.modeling.ops.banded_attention import banded_attention, dense_weights
 
 CLOSE = {"atol": 1e-10, "rtol": 1e-10}
 BANDS = ((8, 0, 1), (5, 5, 1), (70, 70, 1), (40, 0, 1), (0, 0, 1), (4, 4, 3), (9, 0, 2), (0, 6, 1), (3, 40, 1))

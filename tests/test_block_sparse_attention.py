@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_arch.modeling.ops.banded_attention import fused, written_out
+from hf_arch.modeling.ops.attention_kernels import fused, written_out
 from hf_arch.modeling.ops.block_sparse_attention import (
     block_sparse_attention,
     cut_into_blocks,

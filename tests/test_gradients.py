@@ -46,7 +46,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(case, tokens, reentrant
     checkpointed = gradients(model, inputs)
     assert checkpointed.keys() == plain.keys()
     for name in plain:
-        assert_close(checkpointed[name], plain[name], **EXACT, msg=name)
+        assert_close(checkpointed[name], plain[name], **EXACT, msg=lambda said, name=name: f"{name}: {said}")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -87,7 +87,20 @@ def test_attention_implementations_agree_and_weights_are_recorded(decoder_case, 
             assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
 
 
-def test_compiled_equals_eager(model_case, tokens):
+@pytest.fixture
+def marked_memory():
+    """What nobody has written is nan, so that who reads it is found out."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # it fills memory in this mode alone
+    filled, torch.utils.deterministic.fill_uninitialized_memory = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        True,
+    )
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    torch.use_deterministic_algorithms(False)
+
+
+def test_compiled_equals_eager(model_case, tokens, marked_memory):
     model = model_case.build(**model_case.shallow())
     inputs = {"input_ids": tokens, "labels": tokens, "use_cache": False}
     plain = gradients(model, inputs)
@@ -96,7 +109,7 @@ def test_compiled_equals_eager(model_case, tokens):
     model.zero_grad()
     compiled(**inputs).loss.backward()
     for name, parameter in model.named_parameters():
-        assert_close(parameter.grad, plain[name], **EXACT, msg=name)
+        assert_close(parameter.grad, plain[name], **EXACT, msg=lambda said, name=name: f"{name}: {said}")
 
 
 @torch.no_grad()

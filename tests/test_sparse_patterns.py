@@ -8,7 +8,9 @@ import torch
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_arch.modeling.ops.banded_attention import banded_attention, make_band, written_out
+from hf_arch.modeling.ops.attention_kernels import written_out
+from hf_arch.modeling.ops.band import make_band
+from hf_arch.modeling.ops.banded_attention import banded_attention
 from hf_arch.modeling.ops.dilated_attention import dilated_attention, times_shown
 from hf_arch.modeling.ops.documents import document_places
 from hf_arch.modeling.ops.factorized_attention import fixed_attention, sees_fixed, sees_strided, strided_attention

@@ -6,7 +6,9 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from ..ops.banded_attention import Band, banded_attention, fused, written_out
+from ..ops.attention_kernels import fused, written_out
+from ..ops.band import Band
+from ..ops.banded_attention import banded_attention
 from .mixer import Mixer
 from .record import AttentionWeights, CrossAttentionWeights
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..ops.banded_attention import fused, written_out
+from ..ops.attention_kernels import fused, written_out
 from ..ops.dilated_attention import dilated_attention, times_shown
 from ..ops.factorized_attention import fixed_attention, sees_fixed, sees_strided, strided_attention
 from .attention import Attention

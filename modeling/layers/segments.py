@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..ops.documents import EvenlyUnpacked, Unpacked, document_starts, left_aligned
+from ..ops.documents import EvenlyUnpacked, Unpacked, document_numbers, document_starts, left_aligned
 
 
 class EvenHierarchy(NamedTuple):
@@ -109,9 +109,7 @@ def find_segments(
         text: Segmentation = EvenHierarchy(batch, length, tokens.device, tuple(lengths))
         check_members(text.members(len(lengths) - 1).tokens, lengths)
         return text
-    if documents is None:
-        documents = torch.ones(batch, length, dtype=torch.long, device=tokens.device)
-    text = given_segments(documents, starts, lengths, carried)
+    text = given_segments(document_numbers(documents, tokens), starts, lengths, carried)
     check_members(text.members(len(lengths) - 1).longest, lengths)
     return text
 

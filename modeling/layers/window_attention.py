@@ -3,15 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from ..ops.banded_attention import (
-    attend_seen,
-    banded_attention,
-    dense_weights,
-    make_band,
-    take,
-    visible_in_band,
-)
-from ..ops.documents import first_of_documents
+from ..ops.band import make_band, take, visible_in_band
+from ..ops.banded_attention import attend_seen, banded_attention, dense_weights
+from ..ops.documents import document_numbers, first_of_documents
 from .attention import Attention
 from .cache import RecurrentCacheLayer
 from .record import weights_asked
@@ -107,10 +101,3 @@ class CausalWindowAttention(Attention):
         read = memory.read("window_count")
         seen = real[:, -new_tokens:].sum(1)
         memory.write(new_tokens, window_count=seen if read is None else read + seen, **states)
-
-
-def document_numbers(documents: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    """[batch, length] also where all are of one document."""
-    if documents is None:
-        return torch.ones(like.shape[:2], dtype=torch.long, device=like.device)
-    return documents

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from transformers.utils.import_utils import is_tracing
 
-from .banded_attention import Kernel, fused
-from .documents import EvenlyUnpacked, Unpacked, left_aligned
+from .attention_kernels import Kernel, fused
+from .documents import EvenlyUnpacked, Unpacked, document_numbers, left_aligned
 
 # Numbers of gathered keys at once: few stay in a CPU's cache. Where autograd goes back through what is gathered, each
 # piece would cost it a pass over the gradient of all keys
@@ -66,8 +66,7 @@ def cut_into_blocks(tokens: torch.Tensor, documents: torch.Tensor | None, size: 
         return Blocks(
             cut, tokens.shape[:2], index % count, index - index % count, torch.full_like(index, count), count, 0
         )
-    if documents is None:
-        documents = torch.ones(batch, length, dtype=torch.long, device=tokens.device)
+    documents = document_numbers(documents, tokens)
     token = documents.flatten().nonzero().squeeze(-1)
     text = (token // length) * (length + 1) + documents.flatten()[token]
     text, order = text.sort(stable=True)  # those ahead of a text come right before it

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from transformers.utils.import_utils import is_tracing
 
 from .arrangement import HIDDEN, ITSELF, Windows, arrangement_by, attend_to_windows, join_rounds, least_of, weights_of
-from .documents import document_runs
+from .documents import document_steps
 
 CHUNK_OF_SORTED = 64  # queries that are handled side by side
 
@@ -54,8 +54,7 @@ def recurrent_bucketed_attention(
     store, count = initial_state
     store = store if in_place else store.clone()
     if documents is not None:
-        real, document = document_runs(documents, query)
-        starts = document.diff(dim=1, prepend=torch.ones_like(document[:, :1])) != 0
+        real, starts = document_steps(documents)
     place = torch.arange(2 * block, device=query.device)
     row, head, turn = (torch.arange(n, device=query.device) for n in store.shape[:3])
     row, head = row[:, None, None], head[:, None]

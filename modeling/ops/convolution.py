@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from .documents import document_runs
+from .documents import document_runs, document_steps
 from .precision import without_autocast
 from .time_invariant import CHUNK, apply_chunks, toeplitz
 
@@ -22,8 +22,7 @@ def recurrent_convolution(x, weight, bias=None, *, documents=None, initial_state
     batch, length, channels = x.shape
     state = x.new_zeros(batch, weight.shape[1] - 1, channels) if initial_state is None else initial_state.to(x.dtype)
     if documents is not None:
-        real, document = document_runs(documents, x)
-        starts = document.diff(dim=1, prepend=torch.ones_like(document[:, :1])) != 0
+        real, starts = document_steps(documents)
     outputs = []
     for t in range(length):
         before = state if documents is None else state * ~starts[:, t, None, None]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from .dispatch import accelerated
-from .documents import document_runs
+from .documents import document_runs, document_steps
 from .fading import Fading, Links, fading_of_sums, linked
 from .precision import without_autocast
 
@@ -34,8 +34,7 @@ def recurrent_decayed_attention(
             state = v.new_zeros(len(v), value.shape[2], k.shape[-1], v.shape[-1])
         state = state.unflatten(1, of_group)
         if documents is not None:
-            real, document = document_runs(documents, query)
-            starts = document.diff(dim=1, prepend=torch.ones_like(document[:, :1])) != 0
+            real, starts = document_steps(documents)
         outputs = []
         for t in range(q.shape[1]):
             kept = decay[:, t, ..., None, None] * state
@@ -104,7 +103,8 @@ class DecayedAttention(torch.autograd.Function):
         groups, state = q.shape[2], grouped(state, q.shape[2])
         given = side_by_side(v * (fades.out_of * gains[..., None]), groups)
         carried = given.new_empty(given.shape)
-        states = [state, *state.new_empty(len(q) if trained else 1, *state.shape).expand(len(q), *state.shape).unbind()]
+        rooms = state.new_empty(len(q) if trained else 1, *state.shape).unbind()
+        states = [state, *(rooms if trained else rooms * len(q))]
         steps = zip(*map(by_chunk, (q, k.mT, given, carried, fades.across)), states, states[1:], strict=False)
         for q_i, k_i, given_i, into, across, before, after in steps:
             torch.bmm(q_i, before.flatten(-2), out=into)

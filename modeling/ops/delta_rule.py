@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from transformers.utils.import_utils import is_tracing
 
 from .dispatch import accelerated
-from .documents import document_runs
+from .documents import document_runs, document_steps
 from .fading import chunked, linked
 from .precision import without_autocast
 
@@ -38,8 +38,7 @@ def recurrent_delta_rule(
         if state is None:
             state = v.new_zeros(len(v), *k.shape[2:], v.shape[-1])
         if documents is not None:
-            real, document = document_runs(documents, query)
-            starts = document.diff(dim=1, prepend=torch.ones_like(document[:, :1])) != 0
+            real, starts = document_steps(documents)
         for t in range(q.shape[1]):
             before = state if documents is None else state * ~starts[:, t, None, None, None]
             kept = torch.addcmul(decay[:, t] * before, b[:, t, :, :, None], a[:, t, :, None, :] @ before)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from .documents import document_runs
+from .documents import document_steps
 from .fading import carry
 from .precision import without_autocast
 from .time_invariant import CHUNK, apply_chunks, toeplitz
@@ -32,8 +32,7 @@ def recurrent_diagonal_state_space(
         state = x_.new_zeros(len(x), *decay.shape, 2) if initial_state is None else initial_state.to(wide)
         state = torch.view_as_complex(state.contiguous())
         if documents is not None:
-            real, document = document_runs(documents, x)
-            starts = document.diff(dim=1, prepend=torch.ones_like(document[:, :1])) != 0
+            real, starts = document_steps(documents)
         outputs = []
         for t in range(x.shape[1]):
             kept = state if documents is None else state * ~starts[:, t, None, None]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from .factorized_attention import by_documents
+from .attention_kernels import by_documents
 from .partial_attention import Partial, causal_partial, together
 
 

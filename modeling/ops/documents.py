@@ -11,11 +11,23 @@ import torch
 from torch import nn
 
 
+def document_numbers(documents: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """`documents` also where every row of `like` [batch, length, ...] is one."""
+    if documents is None:
+        return torch.ones(like.shape[:2], dtype=torch.long, device=like.device)
+    return documents
+
+
 def document_runs(documents: torch.Tensor | None, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Whether a token is real, and the number of its document, where padding belongs to the one before it."""
-    if documents is None:
-        documents = torch.ones(like.shape[:2], dtype=torch.long, device=like.device)
+    documents = document_numbers(documents, like)
     return documents > 0, documents.cummax(dim=1).values.clamp(min=1)
+
+
+def document_steps(documents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whether a token is real, and whether it begins a document other than the first, which may go on from a state."""
+    real, document = document_runs(documents, documents)
+    return real, document.diff(dim=1, prepend=torch.ones_like(document[:, :1])) != 0
 
 
 def document_pieces(documents: torch.Tensor, size: int) -> Iterator[torch.Tensor | None]:

@@ -12,8 +12,7 @@ document. Cost grows as n (stride + n / stride): as n^1.5 where the stride is sq
 import torch
 import torch.nn.functional as F
 
-from .banded_attention import Kernel, fused
-from .documents import find_documents
+from .attention_kernels import Kernel, by_documents, fused
 from .partial_attention import Partial, partial_attention, together
 
 TILE = 128  # queries of `fixed_attention` that are compared at once, in whole blocks
@@ -29,21 +28,6 @@ def sees_fixed(query_place: torch.Tensor, key_place: torch.Tensor, stride: int, 
     """The definition, of places in one document."""
     own = key_place // stride == query_place // stride
     return (key_place <= query_place) & (own | (key_place % stride >= stride - columns))
-
-
-def by_documents(attend, query, key, value, documents, **options) -> torch.Tensor:
-    """attend(query, key, value), documents as rows of their own; 0 at padding. Groups of query heads may share a key
-    and value head."""
-    groups = query.shape[2] // key.shape[2]
-    if groups > 1:
-        key, value = (x.repeat_interleave(groups, dim=2) for x in (key, value))
-    if documents is None:
-        return attend(query, key, value, **options)
-    found = find_documents(documents)
-    if not len(found.lengths):  # all is padding
-        return torch.zeros_like(query)
-    answer = attend(*(found.unpack(x) for x in (query, key, value)), **options)
-    return found.repack(answer, *documents.shape)
 
 
 def strided_attention(query, key, value, stride: int, *, documents=None, scale=None, dropout: float = 0.0):

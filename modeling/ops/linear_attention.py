@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from .decayed_attention import chunk_decayed_attention
-from .documents import document_runs
+from .documents import document_runs, document_steps
 from .precision import without_autocast
 
 GROWTH = 20.0  # of the logarithm of a unit that numbers bear with ease
@@ -34,8 +34,7 @@ def recurrent_linear_attention(
         q, k, v, log_scale = (x.to(wide) for x in (query, key, with_ones(value), log_scale))
         sums, unit = sums_and_unit(initial_state, k, v)
         if documents is not None:
-            real, document = document_runs(documents, query)
-            starts = document.diff(dim=1, prepend=torch.ones_like(document[:, :1])) != 0
+            real, starts = document_steps(documents)
         outputs = []
         for t in range(q.shape[1]):
             new = log_scale[:, t]

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from .documents import document_runs, find_documents
+from .documents import document_runs, document_steps, find_documents
 from .precision import without_autocast
 
 SMALLEST, GROUP = 64, 4  # tokens of the smallest blocks; blocks of a group
@@ -123,8 +123,7 @@ def recurrent_long_convolution(
         k = kernel.to(wide)
         state = x.new_zeros(len(x), x.shape[2], 0) if initial_state is None else initial_state.to(x.dtype)
         if documents is not None:
-            real, document = document_runs(documents, x)
-            starts = document.diff(dim=1, prepend=torch.ones_like(document[:, :1])) != 0
+            real, starts = document_steps(documents)
         outputs = []
         for t in range(x.shape[1]):
             before = state[..., :kept] if documents is None else state[..., :kept] * ~starts[:, t, None, None]

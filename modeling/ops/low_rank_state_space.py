@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from .diagonal_state_space import pairs
-from .documents import document_runs
+from .documents import document_steps
 from .precision import without_autocast
 from .time_invariant import CHUNK, apply_chunks, toeplitz
 
@@ -73,8 +73,7 @@ def step_low_rank(x, matrix: LowRank, readout, skip, *, documents=None, initial_
         state = x_.new_zeros(shape) if initial_state is None else initial_state.to(x_.dtype)
         state = torch.view_as_complex(state.contiguous())
         if documents is not None:
-            real, document = document_runs(documents, x)
-            starts = document.diff(dim=1, prepend=torch.ones_like(document[:, :1])) != 0
+            real, starts = document_steps(documents)
         outputs = []
         for t in range(x.shape[1]):
             kept = state if documents is None else state * ~starts[:, t, None, None]

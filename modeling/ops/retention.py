@@ -12,7 +12,7 @@ The factors are the official code's, gamma = 1 - 2^(-5-head).
 import torch
 
 from .dispatch import accelerated
-from .documents import document_runs
+from .documents import document_steps
 from .fading import Fading, carry, fading, in_chunks
 from .precision import without_autocast
 
@@ -33,8 +33,7 @@ def recurrent_retention(query, key, value, *, documents=None, initial_state=None
         if state is None:
             state = q.new_zeros(batch, heads, key_dim, v.shape[-1])
         if documents is not None:
-            real, document = document_runs(documents, query)
-            starts = document.diff(dim=1, prepend=torch.ones_like(document[:, :1])) != 0
+            real, starts = document_steps(documents)
         outputs = []
         for t in range(length):
             kept = gamma * state

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from .dispatch import accelerated, compiled
-from .documents import document_runs
+from .documents import document_steps
 from .precision import without_autocast
 
 SIZE, ROWS = 4, 8  # steps made one after another, and how many such rows lie side by side: what stays in a cache
@@ -70,9 +70,9 @@ def prepared(x, step, A, key, query, documents, state) -> tuple[torch.Tensor | N
     x, step, A, key, query = (tensor.to(wide) for tensor in (x, step, A, key, query))
     keep = None
     if documents is not None:
-        real, document = document_runs(documents, x)
+        real, starts = document_steps(documents)
         step = step * real[..., None]
-        keep = (document.diff(dim=1, prepend=torch.ones_like(document[:, :1])) == 0)[..., None].to(wide)
+        keep = (~starts)[..., None].to(wide)
     if state is None:
         state = x.new_zeros(len(x), *A.shape)
     return A, state, step * x, step, key, query, keep

@@ -7,15 +7,14 @@ Shapes: x [batch, length, channels]; state [batch, 1, channels], the last real t
 import torch
 import torch.nn.functional as F
 
-from .documents import document_runs
+from .documents import document_runs, document_steps
 
 
 def recurrent_token_shift(x, *, documents=None, initial_state=None, output_final_state=False):
     """The definition above, one step at a time. The reference for tests, and the decoding step."""
     state = torch.zeros_like(x[:, :1]) if initial_state is None else initial_state.to(x.dtype)
     if documents is not None:
-        real, document = document_runs(documents, x)
-        starts = document.diff(dim=1, prepend=torch.ones_like(document[:, :1])) != 0
+        real, starts = document_steps(documents)
     outputs = []
     for t, token in enumerate(x.split(1, dim=1)):
         outputs.append(state if documents is None else state * ~starts[:, t, None, None])

@@ -17,7 +17,7 @@ import re
 import torch
 
 from .dispatch import accelerated
-from .documents import document_runs
+from .documents import document_steps
 from .precision import without_autocast
 
 NOTHING = -1e30  # the logarithm of the weight of what is not there; unlike -inf it can be subtracted from itself
@@ -77,8 +77,7 @@ def prepared_for_wkv(key, value, log_decay, bonus, documents, state) -> tuple:
     key, value, log_decay, bonus = (tensor.to(wide) for tensor in (key, value, log_decay, bonus))
     reset = fade = None
     if documents is not None:
-        real, document = document_runs(documents, key)
-        start = document.diff(dim=1, prepend=torch.ones_like(document[:, :1])) != 0
+        real, start = document_steps(documents)
         reset, fade = (start[..., None].to(wide) * NOTHING), real[..., None].to(wide)
         key = key.masked_fill(~real[..., None], NOTHING)
     if state is None:

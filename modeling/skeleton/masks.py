@@ -8,7 +8,7 @@ from transformers.utils.import_utils import is_tracing
 
 from ..layers.cache import RECURRENT
 from ..layers.latent_cache import LATENT
-from ..ops.banded_attention import make_band
+from ..ops.band import make_band
 
 
 def number_documents(config, inputs_embeds, attention_mask=None, past_key_values=None, position_ids=None, **kwargs):

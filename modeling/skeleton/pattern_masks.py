@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers.utils.import_utils import is_tracing
 
 from ..layers.pattern_attention import ChosenKeys, PatternAttention, WholeTexts
-from ..ops.documents import document_places
+from ..ops.documents import document_numbers, document_places
 from .masks import number_documents
 
 
@@ -30,8 +30,7 @@ def pattern_mask(mixer: type[PatternAttention]) -> Callable:
                 return WholeTexts(documents)
         else:
             documents = cached_documents(inputs_embeds, attention_mask, past_key_values, layer_idx)
-        if documents is None:
-            documents = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+        documents = document_numbers(documents, inputs_embeds)
         seen = 0 if fresh else past_key_values.get_seq_length()
         columns = seen + torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
         count = shown_among(mixer, config, documents, columns)

@@ -15,6 +15,7 @@ from ...layers.positions import LearnedPositions
 from ...layers.record import weights_asked
 from ...layers.residual import PostNorm
 from ...ops.block_sparse_attention import BlockPattern, block_sparse_attention, cut_into_blocks, dense_block_weights
+from ...ops.documents import document_numbers
 from ...skeleton.backbone import Backbone
 from ...skeleton.checks import check_inputs
 from ...skeleton.classifiers import MultipleChoice, QuestionAnswering, SequenceClassification, TokenClassification
@@ -209,8 +210,7 @@ class ArchBigBirdModel(Backbone):
     def extend(self, text: torch.Tensor, attention_mask, position_ids, token_type_ids) -> dict:
         """The inputs with each document's global tokens, at position -1, ahead of `text` [batch, length, size]."""
         documents = number_documents(self.config, text, attention_mask, position_ids=position_ids)
-        if documents is None:
-            documents = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
+        documents = document_numbers(documents, text)
         if position_ids is None:
             position_ids = count_positions(text, attention_mask)
         count, most = self.config.num_extra_global_tokens, int(documents.amax())

@@ -17,7 +17,8 @@ from ...layers.positions import LearnedPositions
 from ...layers.record import weights_asked
 from ...layers.residual import PostNorm
 from ...layers.window_attention import CausalWindowAttention
-from ...ops.banded_attention import Band, banded_attention, dense_weights, make_band, take
+from ...ops.band import Band, make_band, take
+from ...ops.banded_attention import banded_attention, dense_weights
 from ...ops.documents import first_of_documents
 from ...skeleton.backbone import Backbone
 from ...skeleton.classifiers import MultipleChoice, QuestionAnswering, SequenceClassification, TokenClassification

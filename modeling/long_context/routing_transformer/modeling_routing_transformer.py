@@ -10,7 +10,8 @@ from ...layers.bucketed import attend_in_buckets
 from ...layers.centroids import Centroids
 from ...layers.mixer import Mixer
 from ...layers.positions import RotaryEmbedding
-from ...ops.banded_attention import banded_attention, neighbouring_blocks
+from ...ops.band import neighbouring_blocks
+from ...ops.banded_attention import banded_attention
 from ...ops.clustered_attention import clustered_attention
 from ...ops.documents import find_documents
 from ...skeleton.backbone import Backbone
