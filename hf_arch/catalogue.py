@@ -333,6 +333,29 @@ ARCHITECTURES = (
         tiny={"num_hidden_layers": 3, "layer_types": ["level_0", "level_1", "level_0"], "segment_lengths": [16]},
         processor=True,
     ),
+    Architecture(
+        "hat_encoder_decoder",
+        "ArchHatEncoderDecoder",
+        family="hierarchical",
+        title="HAT encoder-decoder",
+        paper="arXiv:1602.06023",
+        heads=("Model", "EncoderModel", "ForConditionalGeneration"),
+        lora_targets=(
+            *("q_proj", "k_proj", "v_proj", "o_proj", "segment_q_proj", "segment_k_proj"),
+            *("gate_proj", "up_proj", "down_proj"),
+        ),
+        tiny={"encoder_num_hidden_layers": 2, "encoder_layer_types": ["level_0", "level_1"]}
+        | {"segment_lengths": [8], "num_chosen_segments": 2, "tie_word_embeddings": False},
+        head_fields={"EncoderModel": {"is_encoder_decoder": False}},
+        exceptions={
+            "bounded state": "The decoder sees all of its answer, and chooses from all of the source: its caches "
+            "hold both.",
+            "bounded step": "And a step reads all of the answer; of the source a vector for each segment, and the "
+            "tokens of a few, however long it is.",
+            "linear cost": "The decoder compares all pairs of tokens of its answer, and the encoder all pairs of "
+            "segments.",
+        },
+    ),
 )
 
 

@@ -18,6 +18,7 @@ from hf_arch import ARCHITECTURES, Architecture
 from hf_arch.modeling.hierarchical.hnet.modeling_hnet import DynamicChunking
 from hf_arch.modeling.layers.centroids import Centroids
 from hf_arch.modeling.layers.early_exit import EarlyExitView
+from hf_arch.modeling.layers.hierarchical_cross_attention import HierarchicalCrossAttention
 from hf_arch.modeling.layers.retrieval_attention import RetrievalAttention
 from hf_arch.modeling.layers.routed_view import RoutedView
 from hf_arch.modeling.layers.routers import ExpertChoiceRouter, HierarchicalRouter, TopKRouter
@@ -238,7 +239,9 @@ class Case:
         config = self.config()
         last = dict(zip(config.layer_types, config.feed_forward_types, strict=True))  # which may be none in the first
         fields = {"num_hidden_layers": len(last), "layer_types": [*last], "feed_forward_types": [*last.values()]}
-        fields |= {"encoder_num_hidden_layers": 1} if self.answers else {}
+        if self.answers:
+            kinds = [*dict.fromkeys(config.encoder_layer_types)]
+            fields |= {"encoder_num_hidden_layers": len(kinds), "encoder_layer_types": kinds}
         return fields if parts(self.build(**fields)) == parts(self.build()) else {}
 
     def decoder(self, **options) -> nn.Module:
@@ -351,6 +354,7 @@ def held_choices():
     many tokens: a choice that a rounding error turns says nothing of precision."""
     held = {}
     kinds = TopKRouter, HierarchicalRouter, ExpertChoiceRouter, LSHAttention, RetrievalAttention
+    kinds += (HierarchicalCrossAttention,)
     choices = *((kind, "choose") for kind in kinds), (Centroids, "nearest")
     choices += ((RoutedView, "decide"), (EarlyExitView, "decide"), (DynamicChunking, "decide"))
 

@@ -11,18 +11,18 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_arch import ARCHITECTURES, cli
+from hf_arch import ARCHITECTURES, cli, find
 from hf_arch.bench import costs, costs_of_hierarchies, costs_of_long_context, environments, floors, race, report
 from hf_arch.bench.contender import Contender, head_of
 from hf_arch.bench.peers import LLAMA, PEERS, Environment, chosen_peers
 from hf_arch.bench.process import Worker, WorkerFailed, Workers
 from hf_arch.bench.results import Figure, Result, exponent, load
 from hf_arch.bench.run import lengths_of, run
-from hf_arch.bench.settings import MEASURES, SMALL, Settings, settings_for
-from hf_arch.bench.worker.hugging_face import Ours, StaticTransformers, Transformers
+from hf_arch.bench.settings import ANSWERING, MEASURES, SMALL, Settings, settings_for
+from hf_arch.bench.worker.hugging_face import LED, OurReader, Ours, StaticTransformers, Transformers
 from hf_arch.bench.worker.memory import in_a_fork, peak_bytes
 from hf_arch.bench.worker.serve import ON_CPU
-from hf_arch.bench.worker.subject import held_bytes
+from hf_arch.bench.worker.subject import ANSWER, held_bytes
 from hf_arch.modeling.hierarchical.hnet.modeling_hnet import DynamicChunking
 from hf_arch.modeling.layers.mixer import Mixer
 from hf_arch.modeling.layers.routed_view import RoutedView
@@ -60,8 +60,9 @@ def counted(row, span, **fields) -> int:
     with torch.no_grad():
         model(torch.full((1, 1), 5))  # what is made once for all texts
         cache = model(torch.full((1, span.before), 5), use_cache=True).past_key_values if span.before else None
+        answer = {"decoder_input_ids": torch.full((1, ANSWER), 5)} if row.name in ANSWERING else {}
         with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counter:
-            model(torch.full((1, span.tokens), 5), past_key_values=cache, use_cache=cache is not None)
+            model(torch.full((1, span.tokens), 5), past_key_values=cache, use_cache=cache is not None, **answer)
     return counter.get_total_flops()
 
 
@@ -88,6 +89,26 @@ def test_floors_count_what_is_computed(row, span, monkeypatch):
         assert counted(row, span) <= 1.02 * operations
     else:
         assert 0.97 * operations <= counted(row, span) <= MORE.get(row.name, 1.03) * operations
+
+
+@torch.no_grad()
+def test_a_step_of_an_answer_is_as_much_after_any_source():
+    """But for the keys of segments; and each subject goes on from what it has read."""
+    row = find("hat_encoder_decoder")
+    model = paper(row)
+    short, long = (costs.cost(model, costs.Span(1, before)) for before in (1024, 4096))
+    layers, segments = model.config.num_hidden_layers, 3072 // 128
+    assert long.operations - short.operations == layers * 2 * segments * 64
+    assert long.exponentials == short.exponentials
+    ids = torch.arange(3, 43)[None]
+    for subject in (LED(SHAPE, 512), OurReader(SHAPE, 512, row=row.name, head="ForConditionalGeneration")):
+        model = subject.model.eval()
+        memory = subject.step(ids[:, 1:2], subject.begin(ids, 4))
+        cache, told = memory["past_key_values"], {"past_key_values": None, "decoder_input_ids": ids[:, :3]}
+        assert cache.get_seq_length() == 2
+        step = model(**memory, decoder_input_ids=ids[:, 2:3]).logits
+        torch.testing.assert_close(step, model(**(memory | told)).logits[:, 2:], atol=1e-4, rtol=1e-4)
+        assert subject.logits(ids).shape == (1, 40, 50) and subject.loss(ids).isfinite()
 
 
 def test_only_pairs_that_are_seen_are_counted():

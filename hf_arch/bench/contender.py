@@ -11,8 +11,9 @@ from hf_arch.bench.floors import on_paper
 from hf_arch.bench.peers import DECODE, FORWARD, Peer
 from hf_arch.bench.process import Worker, WorkerFailed, Workers
 from hf_arch.bench.results import exponent
-from hf_arch.bench.settings import MEASURED_AS, Settings
+from hf_arch.bench.settings import ANSWERING, MEASURED_AS, Settings
 
+SUBJECTS = {"EncoderModel": "hugging_face:OurEncoder", "ForConditionalGeneration": "hugging_face:OurReader"}
 START_SECONDS = 900  # to import and build, on a machine that does much else
 
 
@@ -85,10 +86,9 @@ def start(row: Architecture, peers: Sequence[Peer], settings: Settings, workers:
     """The row and its peers, each being built in a process of its own. Ours comes first."""
     fields = MEASURED_AS[row.name](settings.shape) if row.name in MEASURED_AS else {}
     model = on_paper(row, head_of(row), settings.shape | fields)
-    measures = FORWARD + DECODE if head_of(row) == "ForCausalLM" else FORWARD
+    measures = FORWARD + DECODE if head_of(row) in ("ForCausalLM", "ForConditionalGeneration") else FORWARD
     ours = Contender(row.name, measures, workers, workers.hire(python_of(None)), settings, model)
-    subject = "hugging_face:OurEncoder" if head_of(row) == "EncoderModel" else "hugging_face:Ours"
-    ours.build(subject, row=row.name, head=head_of(row), fields=fields)
+    ours.build(SUBJECTS.get(head_of(row), "hugging_face:Ours"), row=row.name, head=head_of(row), fields=fields)
     contenders = [ours]
     for peer in peers:
         worker = workers.hire(python_of(peer.environment))
@@ -98,5 +98,8 @@ def start(row: Architecture, peers: Sequence[Peer], settings: Settings, workers:
 
 
 def head_of(row: Architecture) -> str | None:
-    """The first head that makes the row a language model, if it has one; of an encoder-decoder, its encoder."""
+    """The first head that makes the row a language model, if it has one; of an encoder-decoder, its encoder, or all
+    of it where that is to be measured."""
+    if row.name in ANSWERING:
+        return "ForConditionalGeneration"
     return next((head for head in row.heads if head in ("ForCausalLM", "ForMaskedLM", "EncoderModel")), None)

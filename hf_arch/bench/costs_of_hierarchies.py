@@ -2,11 +2,14 @@
 
 import math
 
-from hf_arch.bench.costs import Cost, Span, cost, projections, visible_pairs
+from hf_arch.bench.costs import Cost, Span, cost, linear, projections, visible_pairs
+from hf_arch.bench.worker.subject import ANSWER
 from hf_arch.modeling.hierarchical.hnet.modeling_hnet import ArchHNetModel
 from hf_arch.modeling.hierarchical.hourglass.modeling_hourglass import ArchHourglassModel, HourglassResampling
 from hf_arch.modeling.hierarchical.megabyte.modeling_megabyte import ArchMegaByteModel, MegaByteResampling
+from hf_arch.modeling.layers.hierarchical_cross_attention import HierarchicalCrossAttention
 from hf_arch.modeling.layers.patch_attention import PatchAttention
+from hf_arch.modeling.skeleton.conditional_generation import ConditionalGeneration
 from hf_arch.modeling.skeleton.hierarchy import Hierarchy
 
 
@@ -86,4 +89,34 @@ def within_patches(module: PatchAttention, span: Span) -> Cost:
         operations=4 * pairs * width,
         exponentials=pairs * width // module.head_dim,
         numbers=size * (module.k_proj.out_features + module.v_proj.out_features),
+    )
+
+
+@cost.register
+def reading_and_answering(module: ConditionalGeneration, span: Span) -> Cost:
+    """A pass reads a source of so many tokens and names ANSWER; a step names one after a source that was read."""
+    encoder, decoder, config = module.model.encoder, module.model.decoder, module.config
+    answer, source = (Span(1), span.before) if span.before else (Span(ANSWER), span.tokens)
+    total = linear(module.lm_head, answer) + (Cost() if span.before else cost(encoder, span))
+    of_source = math.ceil(source / config.segment_lengths[0]), config.segment_lengths[0]
+    for group in decoder.config.layer_groups:
+        parts = decoder.layers[group].sublayers
+        total += answer_from(parts["cross_attention"], answer, *of_source, made=not span.before)
+        total += cost(parts["mixer"], answer) + cost(parts["feed_forward"], answer)
+    return total
+
+
+def answer_from(module: HierarchicalCrossAttention, answer: Span, segments: int, longest: int, made: bool) -> Cost:
+    """Tokens of an answer that weigh all segments of a source and attend to those that they choose; the keys and
+    values of the source are made in the same pass, or were before."""
+    size, of_keys = module.q_proj.out_features, module.k_proj.out_features
+    heads, seen = size // module.head_dim, min(module.count, segments) * longest
+    total = sum((linear(part, answer) for part in (module.q_proj, module.segment_q_proj, module.o_proj)), Cost())
+    if made:
+        total += linear(module.k_proj, Span(segments * longest)) + linear(module.v_proj, Span(segments * longest))
+        total += linear(module.segment_k_proj, Span(segments))
+    return total + Cost(
+        operations=answer.tokens * (2 * segments + 4 * seen) * size,
+        exponentials=answer.tokens * seen * heads,
+        numbers=(segments + 2 * seen) * of_keys,
     )

@@ -108,6 +108,13 @@ PEERS = (
         "hugging_face:AsLarge",
         {"row": "transformer", "head": "ForCausalLM", "like": "megabyte"},
     ),
+    Peer("led", "hat_encoder_decoder", "hugging_face:LED"),
+    Peer(
+        "encoder_decoder",  # ours, of the same sizes
+        "hat_encoder_decoder",
+        "hugging_face:OurReader",
+        {"row": "encoder_decoder", "head": "ForConditionalGeneration"},
+    ),
     Peer("longformer", "hat", "hugging_face:Transformers", LONGFORMER, measures=FORWARD),
     Peer("longformer_chunks", "longformer", "hugging_face:Transformers", LONGFORMER, measures=FORWARD),
     Peer("gpt_neo", "sparse_transformer", "hugging_face:GPTNeo", GPT_NEO, measures=FORWARD),  # no cache of its windows

@@ -44,7 +44,10 @@ MEASURED_AS = {
     "hourglass": lambda shape: {"shorten_factors": [4]},
     # Without training, chunks begin at every other token
     "hnet": lambda shape: {"inner_hidden_sizes": [shape["hidden_size"]], "target_ratios": [2.0]},
+    "hat_encoder_decoder": lambda shape: {"encoder_num_hidden_layers": shape["num_hidden_layers"]},
 }
+# Encoder-decoders of which reading and answering are measured; of others, it is the encoder
+ANSWERING = ("hat_encoder_decoder",)
 UNBOUNDED_CONTEXT = 16384  # the longest context for rows whose state grows with it: reading it is quadratic
 
 

@@ -119,9 +119,8 @@ class EncoderDecoder(ArchPreTrainedModel):
             decoder_input_ids = self.shifted(input_ids)
         check_decoder_call(decoder_input_ids, decoder_inputs_embeds, past_key_values)
         queries = decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
-        check_source(encoded, attention_mask, queries)
         source, target = (attention_mask, position_ids), (decoder_attention_mask, decoder_position_ids)
-        kwargs["encoder_attention_mask"] = cross_mask(self.config, encoded, queries, source, target, past_key_values)
+        kwargs |= self.cross_context(encoded, queries, source, target, past_key_values, **kwargs)
         answer = (decoder_input_ids, *target)
         outputs, cache = self.decode(answer, past_key_values, use_cache, encoded, decoder_inputs_embeds, **kwargs)
         return EncoderDecoderOutput(
@@ -138,6 +137,15 @@ class EncoderDecoder(ArchPreTrainedModel):
             encoder_router_logits=encoder_outputs.get("router_logits"),
             encoder_router_choices=encoder_outputs.get("router_choices"),
         )
+
+    def cross_context(
+        self, encoded: torch.Tensor, queries: torch.Tensor, source: tuple, target: tuple, past_key_values, **kwargs
+    ) -> dict:
+        """What cross-attention is told beside the encoder's answer; source, target: the mask and the position ids of
+        each, or None. Raises ValueError where they do not fit."""
+        check_source(encoded, source[0], queries)
+        mask = cross_mask(self.config, encoded, queries, source, target, past_key_values)
+        return {"encoder_attention_mask": mask}
 
     def decode(self, answer: tuple, past_key_values, use_cache: bool, encoded: torch.Tensor, inputs_embeds, **kwargs):
         """What the decoder says to `answer` (ids, mask, position ids), and both caches. It makes its own, after its
@@ -185,6 +193,10 @@ def check_decoder_call(decoder_input_ids, decoder_inputs_embeds, past_key_values
 def check_source(encoded: torch.Tensor, attention_mask: torch.Tensor | None, queries: torch.Tensor) -> None:
     if len(encoded) != len(queries):
         raise ValueError(f"The encoder answered {len(encoded)} rows, but the decoder is to go on with {len(queries)}.")
+    check_source_mask(encoded, attention_mask)
+
+
+def check_source_mask(encoded: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
     if attention_mask is not None and attention_mask.shape != encoded.shape[:2]:
         raise ValueError(
             f"attention_mask is {list(attention_mask.shape)}, but the encoder's answer {list(encoded.shape[:2])}: "
@@ -198,26 +210,36 @@ def cross_mask(config, encoded: torch.Tensor, queries: torch.Tensor, source: tup
     source, target: the mask and the position ids of each, or None.
     """
     pattern = {}
-    packed = past_key_values is None and not (source[1] is None and target[1] is None)
-    documents = [
-        number_documents(config, tokens, mask, None, position_ids)
-        for tokens, (mask, position_ids) in ((encoded, source), (queries, target))
-        if packed
-    ]
-    if any(several(numbers) for numbers in documents):
-        numbered = zip((encoded, queries), documents, strict=True)
-        of_source, of_target = (
-            torch.ones(tokens.shape[:2], dtype=torch.long, device=encoded.device) if numbers is None else numbers
-            for tokens, numbers in numbered
-        )
-        if not is_tracing(of_source) and not torch.equal(of_source.amax(-1), of_target.amax(-1)):
-            raise ValueError(
-                "Packed rows hold as many documents for the encoder as for the decoder: give position_ids and "
-                "decoder_position_ids that restart at each."
-            )
+    packed = packed_pairs(config, encoded, queries, source, target, past_key_values)
+    if packed is not None:
+        of_source, of_target = packed
         # padding among the queries sees all, so that no row of the mask is empty
         pattern["and_mask_function"] = lambda batch, head, query, key: (
             (of_target[batch, query] == of_source[batch, key]) | (of_target[batch, query] == 0)
         )
     like = encoded.new_empty(*queries.shape[:2], 0)
     return create_bidirectional_mask(config, like, source[0], encoder_hidden_states=encoded, **pattern)
+
+
+def packed_pairs(
+    config, encoded: torch.Tensor, queries: torch.Tensor, source: tuple, target: tuple, past_key_values
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The numbers of documents, as in `number_documents`, of the source and of what is asked, where rows are packed."""
+    if past_key_values is not None or source[1] is None and target[1] is None:
+        return None
+    found = [
+        number_documents(config, tokens, mask, None, position_ids)
+        for tokens, (mask, position_ids) in ((encoded, source), (queries, target))
+    ]
+    if not any(several(numbers) for numbers in found):
+        return None
+    of_source, of_target = (
+        torch.ones(tokens.shape[:2], dtype=torch.long, device=encoded.device) if numbers is None else numbers
+        for tokens, numbers in zip((encoded, queries), found, strict=True)
+    )
+    if not is_tracing(of_source) and not torch.equal(of_source.amax(-1), of_target.amax(-1)):
+        raise ValueError(
+            "Packed rows hold as many documents for the encoder as for the decoder: give position_ids and "
+            "decoder_position_ids that restart at each."
+        )
+    return of_source, of_target

@@ -5,7 +5,7 @@ import importlib
 import torch
 
 from .machine import now
-from .subject import Subject
+from .subject import ANSWER, Subject
 
 
 class HuggingFace(Subject):
@@ -165,6 +165,44 @@ class Encoder(HuggingFace):
 
 class OurEncoder(Encoder, Ours):
     pass
+
+
+class Reader(HuggingFace):
+    """A model that reads a source and answers: a context is a source, after which it writes."""
+
+    def logits(self, ids):
+        return self.model(input_ids=ids, decoder_input_ids=ids[:, :ANSWER], use_cache=False).logits
+
+    def loss(self, ids):
+        return self.model(input_ids=ids, labels=ids[:, :ANSWER], use_cache=False).loss
+
+    def begin(self, ids, room):
+        told = {"encoder_outputs": self.model.get_encoder()(ids), "past_key_values": None}
+        return self.step(ids[:, :1], told)
+
+    def step(self, token, memory):
+        outputs = self.model(decoder_input_ids=token, use_cache=True, **memory)
+        return memory | {"past_key_values": outputs.past_key_values}
+
+
+class OurReader(Reader, Ours):
+    pass
+
+
+class LED(Reader, Transformers):
+    """Its config has names of its own for sizes."""
+
+    def build(self, sizes, **options):
+        names = {
+            "hidden_size": "d_model",
+            "num_hidden_layers": "{}_layers",
+            "num_attention_heads": "{}_attention_heads",
+        }
+        names |= {"intermediate_size": "{}_ffn_dim", "max_position_embeddings": "max_{}_position_embeddings"}
+        fields = {name.format(of): sizes[ours] for ours, name in names.items() for of in ("encoder", "decoder")}
+        fields |= {"vocab_size": sizes["vocab_size"], "dropout": 0.0}
+        made = self.transformers.LEDConfig(**fields)
+        return self.transformers.LEDForConditionalGeneration(made)
 
 
 class DeepSeek(Transformers):

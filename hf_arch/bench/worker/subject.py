@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+ANSWER = 64  # tokens that a pass of an encoder-decoder names, of whatever source
+
 
 class Subject:
     """A language model of a library. A subclass builds `self.model` and says how to call it.

@@ -48,12 +48,16 @@ class ArchEncoderDecoderConfig(ArchTransformerConfig):
             self.encoder_num_hidden_layers = self.num_hidden_layers
         depth = self.encoder_num_hidden_layers
         if self.encoder_layer_types is None:
-            self.encoder_layer_types = ["bidirectional_attention"] * depth
+            self.encoder_layer_types = self.encoder_layer_pattern()
         if self.encoder_feed_forward_types is None:
             pattern = self.encoder_feed_forward_pattern()
             self.encoder_feed_forward_types = [pattern[i % len(pattern)] for i in range(depth)]
         # the stacks have their own
         self.base_model_tp_plan, self.base_model_ep_plan, self.base_model_fsdp_plan = {}, {}, {}
+
+    def encoder_layer_pattern(self) -> list[str]:
+        """The layer types of the encoder."""
+        return ["bidirectional_attention"] * self.encoder_num_hidden_layers
 
     def encoder_feed_forward_pattern(self) -> list[str]:
         return self.feed_forward_types
@@ -102,6 +106,9 @@ class ArchEncoderDecoderConfig(ArchTransformerConfig):
         if self.encoder_num_hidden_layers < 1:
             raise ValueError(f"encoder_num_hidden_layers is {self.encoder_num_hidden_layers}; it must be at least 1.")
         try:
-            ArchTransformerConfig.validate_architecture(self.stack("encoder"))
+            self.validate_encoder()
         except ValueError as error:
             raise ValueError(f"In the encoder: {error}") from error
+
+    def validate_encoder(self):
+        ArchTransformerConfig.validate_architecture(self.stack("encoder"))
