@@ -110,20 +110,15 @@ def heads_of_rows(query: torch.Tensor, source: Source) -> torch.Tensor:
     return of_rows(lines_of(source.key), source.row).repeat_interleave(groups, dim=1)
 
 
-def lines_at(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """x [lines, ...] -> [*index.shape, ...]; as a table of embeddings, whose gradient is added up a line at a time."""
-    return F.embedding(index, x.flatten(1)).unflatten(-1, x.shape[1:])
-
-
 def attend_each(query, source: Source, chosen: torch.Tensor, weighed: torch.Tensor, dropout: float) -> torch.Tensor:
     """What each query answers who takes the segments that it chose [rows, heads, queries, count], and weighed; -inf
     where there are not as many."""
     segments, longest = source.key.shape[2:4]
     block = heads_of_rows(query, source)[..., None, None] * segments + chosen
     key, value = (
-        lines_at(x.flatten(0, 2), block).to(query.dtype).flatten(3, 4).flatten(0, 1) for x in (source.key, source.value)
+        rows_at(x.flatten(0, 2), block).to(query.dtype).flatten(3, 4).flatten(0, 1) for x in (source.key, source.value)
     )
-    sizes = rows_at(source.sizes.flatten(), source.row[:, None, None, None] * segments + chosen)
+    sizes = source.sizes.take(source.row[:, None, None, None] * segments + chosen)
     mask = weighed[..., None].masked_fill(~within_segments(sizes, longest), -torch.inf)
     mask = mask.to(query.dtype).flatten(-2).flatten(0, 1)[:, :, None]
     output = F.scaled_dot_product_attention(query.flatten(0, 1)[:, :, None], key, value, mask, dropout, scale=1.0)
@@ -141,11 +136,11 @@ def attend_sorted(query, source: Source, chosen: torch.Tensor, weighed: torch.Te
     slot, pair, block = sorted_pairs(numbers, segments, size)
     lines = lines_of(query).flatten()[:, None]
     of_key = heads_of_rows(query, source).flatten()[:, None] * segments + block
-    key, value = (lines_at(x.flatten(0, 2), of_key).to(query.dtype) for x in (source.key, source.value))
-    asked = lines_at(query.flatten(0, 2), lines * queries + pair.clamp(min=0) // count).unflatten(1, (-1, size))
+    key, value = (rows_at(x.flatten(0, 2), of_key).to(query.dtype) for x in (source.key, source.value))
+    asked = rows_at(query.flatten(0, 2), lines * queries + pair.clamp(min=0) // count).unflatten(1, (-1, size))
     of_size = source.row.repeat_interleave(heads)[:, None] * segments + block
-    seen = within_segments(rows_at(source.sizes.flatten(), of_size), longest)[:, :, None]
+    seen = within_segments(source.sizes.take(of_size), longest)[:, :, None]
     found = attend_shown(asked, key, value, seen, dropout)
     place = lines * pair.shape[1] + slot
-    output, normalizer = (lines_at(x.flatten(0, 2), place).view(-1, heads, queries, count, x.shape[-1]) for x in found)
+    output, normalizer = (rows_at(x.flatten(0, 2), place).view(-1, heads, queries, count, x.shape[-1]) for x in found)
     return join_rounds(output, normalizer + weighed[..., None])

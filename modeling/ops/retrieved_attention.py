@@ -181,8 +181,9 @@ def lines_of(x: torch.Tensor) -> torch.Tensor:
 
 
 def rows_at(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """x [rows, ...] -> [*index.shape, ...]."""
-    return x.index_select(0, index.flatten()).unflatten(0, index.shape)
+    """x [rows, size, ...] -> [*index.shape, size, ...]. As flat rows: their gradient, which may lie in any order, is
+    then laid out once and added up a row at a time."""
+    return x.flatten(1).index_select(0, index.flatten()).view(*index.shape, *x.shape[1:])
 
 
 def attend_shown(query, key, value, seen: torch.Tensor, dropout: float) -> Part:
