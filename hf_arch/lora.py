@@ -37,7 +37,8 @@ def targets(row: Architecture) -> list[str]:
 
 
 def lora_config(model_or_config: PreTrainedModel | PreTrainedConfig, **overrides) -> LoraConfig:
-    """A `peft.LoraConfig` with the architecture's default targets, its stacked expert weights, and the head's task.
+    """A `peft.LoraConfig` with the architecture's default targets, its stacked expert weights and the slots of soft
+    mixtures, and the head's task.
 
     `overrides` are fields of LoraConfig (`r`, `lora_alpha`, `target_modules`, ...). Raises ValueError for a model that
     is not of hf_arch, and for dropout on experts. Example: `get_peft_model(model, hf_arch.lora_config(model, r=16))`.
@@ -48,7 +49,7 @@ def lora_config(model_or_config: PreTrainedModel | PreTrainedConfig, **overrides
     if not isinstance(model, nn.Module):
         with torch.device("meta"):
             model = row.load(narrowest_head(row, config))(config)
-    fields = {"target_modules": targets(row), "target_parameters": stacked_experts(model) or None}
+    fields = {"target_modules": targets(row), "target_parameters": bare_matrices(model) or None}
     if overrides.get("lora_dropout") and (fields | overrides)["target_parameters"]:
         raise ValueError(
             "Adapters of stacked experts take no dropout: leave lora_dropout at 0, or the experts as they are with "
@@ -68,7 +69,12 @@ def narrowest_head(row: Architecture, config: PreTrainedConfig) -> str:
     return max(fitting or row.heads, key=lambda head: len(asked(head)))
 
 
-def stacked_experts(model: nn.Module) -> list[str]:
-    """The ends of the names of parameters that hold one matrix per expert, [experts, out, in]."""
-    names = (name for name, parameter in model.named_parameters() if parameter.ndim == 3 and ".experts." in name)
+def bare_matrices(model: nn.Module) -> list[str]:
+    """The ends of the names of matrices of sparse feed-forwards that are no module's of their own: one per expert,
+    [experts, out, in], and the slots of a soft mixture."""
+    names = (
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3 and ".experts." in name or name.endswith("router.phi")
+    )
     return list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in names))

@@ -7,7 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import hf_arch
-from hf_arch.lora import TASKS, stacked_experts, targets
+from hf_arch.lora import TASKS, bare_matrices, targets
 from promises import EXACT
 
 
@@ -111,7 +111,7 @@ def test_stacked_experts_are_found_and_foreign_models_refused():
             self.down_proj = nn.Parameter(torch.zeros(3, 4, 4))
 
     model = nn.ModuleDict({f"layer{i}": nn.ModuleDict({"experts": Experts()}) for i in range(2)})
-    assert stacked_experts(model) == ["experts.gate_up_proj", "experts.down_proj"]
+    assert bare_matrices(model) == ["experts.gate_up_proj", "experts.down_proj"]
     from transformers import GPT2Config
 
     with pytest.raises(ValueError, match="No architecture is called 'gpt2'"):

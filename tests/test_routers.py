@@ -189,6 +189,7 @@ def test_any_architecture_trains_generates_and_takes_adapters(case):
     reached = {name.split(".lora_")[0].rpartition(".")[-1] for name, _ in adapted.named_parameters() if "lora_" in name}
     gates = {"hierarchical": {"gate", "group_gate"}, "expert_choice": {"gate"}, "soft": set()}
     assert {name for name in reached if "gate" in name} == gates[case.variant] and "experts" in reached
+    assert ("router" in reached) == (case.variant == "soft")  # its slots
     learns(adapted, {"input_ids": tokens, "labels": tokens})
     with torch.no_grad():
         expected = adapted.eval()(input_ids=tokens).logits
