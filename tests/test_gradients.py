@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from promises import DECODERS, ENCODERS, EXACT, IDLE, held_choices, inputs_and_labels, sums
+from promises import DECODERS, ENCODERS, EXACT, held_choices, inputs_and_labels, sums
+from variants import IDLE
 
 
 def gradients(model, inputs):

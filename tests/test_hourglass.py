@@ -15,7 +15,8 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_arch import find
-from promises import EXACT, VARIANTS, Case, some_tokens
+from promises import EXACT, Case, some_tokens
+from variants import VARIANTS
 
 GOLDEN = Path(__file__).parent / "goldens" / "hourglass_lucidrains.safetensors"
 ROW = find("hourglass")
