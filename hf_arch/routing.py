@@ -130,7 +130,9 @@ class RoutingCallback(TrainerCallback):
             handle.remove()
         self.handles = []
         if self.plot is not None and self.history and state.is_world_process_zero:
-            self.draw(self.names, [step for step, _ in self.history], [found for _, found in self.history], self.plot)
+            steps, found = zip(*self.history, strict=True)
+            load, dropped = (torch.stack([getattr(each, name) for each in found]) for name in ("load", "dropped"))
+            self.draw(self.names, steps, load, dropped, self.plot)
 
 
 def records(module: MixtureOfExperts) -> bool:

@@ -8,18 +8,16 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hf_arch.routing import RoutingStatistics
 
-
-def draw(names: Sequence[str], steps: Sequence[int], history: Sequence[RoutingStatistics], path: Path) -> None:
-    """A panel for each layer: the load of each expert over the steps, and the share that was dropped."""
+def draw(names: Sequence[str], steps: Sequence[int], load: torch.Tensor, dropped: torch.Tensor, path: Path) -> None:
+    """A panel for each layer: the load of each expert [steps, layers, experts], and the share that was dropped [steps,
+    layers]."""
     picture = Figure(figsize=(3.2 * min(len(names), 4), 2.4 * -(-len(names) // 4)), dpi=96, layout="constrained")
     panels = picture.subplots(-(-len(names) // 4), min(len(names), 4), squeeze=False, sharey=True)
     for axes in panels.flat[len(names) :]:
         axes.set_visible(False)
     for layer, (name, axes) in enumerate(zip(names, panels.flat, strict=False)):
-        load = torch.stack([found.load[layer] for found in history])
-        panel(axes, steps, load, [float(found.dropped[layer]) for found in history])
+        panel(axes, steps, load[:, layer], dropped[:, layer].tolist())
         axes.set_title(f"layer {name}", loc="left", fontsize=9)
     part = path.with_name(path.name + ".part")
     picture.savefig(part, format="png")
