@@ -13,7 +13,7 @@ from transformers import AutoModelForSeq2SeqLM, Seq2SeqTrainer, Seq2SeqTrainingA
 
 from hf_arch import find
 from hf_arch.modeling.layers.hierarchical_cross_attention import HierarchicalCrossAttention
-from promises import EXACT, Case
+from promises import EXACT, Case, some_tokens
 
 ROW = find("hat_encoder_decoder")
 CASE = Case(ROW, "ForConditionalGeneration")
@@ -247,3 +247,13 @@ def test_choices_are_made_in_one_place(model, tokens, monkeypatch):
     )
     model(tokens, labels=tokens[:, :30])
     assert asked == [(2, 4, 30, 9)] * 2
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_experts_in_one_stack_alone(stack):
+    fields = {"feed_forward_types": ["dense"] * 2, "encoder_feed_forward_types": ["dense"] * 2}
+    fields["feed_forward_types" if stack == "decoder" else "encoder_feed_forward_types"] = ["sparse", "dense"]
+    model, tokens = CASE.build(num_local_experts=4, mlp_bias=False, **fields).train(), some_tokens()
+    model(tokens, labels=tokens[:, :9]).loss.backward()
+    gates = {name for name, weight in model.named_parameters() if "router" in name and weight.grad.any()}
+    assert gates and all(f".{stack}." in name for name in gates)

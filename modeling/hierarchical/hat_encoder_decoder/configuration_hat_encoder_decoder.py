@@ -68,15 +68,19 @@ class ArchHatEncoderDecoderConfig(ArchEncoderDecoderConfig):
         return ArchHatConfig(num_hidden_layers=layers, segment_lengths=lengths).layer_types
 
     def encoder_feed_forward_pattern(self) -> list[str]:
-        return ["dense"]
+        """HAT's, sparse where the decoder's are."""
+        return [kind if kind in SPARSE else "dense" for kind in self.feed_forward_types]
 
     def stack(self, name: str) -> "ArchHatEncoderDecoderConfig | ArchHatConfig":
         """The config of one stack: `"encoder"`, that of a HAT, or `"decoder"`."""
         if name == "decoder":
             return self.decoder_stack()
         names = {field.name for field in dataclasses.fields(ArchHatConfig)} - OF_DECODER
+        fields = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        if not {*self.encoder_feed_forward_types} & {*SPARSE}:
+            fields["num_local_experts"] = None  # those of the whole are the decoder's
         config = ArchHatConfig(
-            **{name: getattr(self, name) for name in names if hasattr(self, name)},
+            **fields,
             num_hidden_layers=self.encoder_num_hidden_layers,
             layer_types=self.encoder_layer_types,
             feed_forward_types=self.encoder_feed_forward_types,
