@@ -69,7 +69,7 @@ class ArchHatEncoderDecoderConfig(ArchEncoderDecoderConfig):
 
     def encoder_feed_forward_pattern(self) -> list[str]:
         """HAT's, sparse where the decoder's are."""
-        return [kind if kind in SPARSE else "dense" for kind in self.feed_forward_types]
+        return [kind if kind in SPARSE else "dense" for kind in self.feed_forward_types] or ["dense"]
 
     def stack(self, name: str) -> "ArchHatEncoderDecoderConfig | ArchHatConfig":
         """The config of one stack: `"encoder"`, that of a HAT, or `"decoder"`."""
