@@ -91,13 +91,8 @@ def test_attention_implementations_agree_and_weights_are_recorded(decoder_case, 
 @pytest.fixture
 def marked_memory():
     """What nobody has written is nan, so that who reads it is found out."""
-    torch.use_deterministic_algorithms(True, warn_only=True)  # it fills memory in this mode alone
-    filled, torch.utils.deterministic.fill_uninitialized_memory = (
-        torch.utils.deterministic.fill_uninitialized_memory,
-        True,
-    )
+    torch.use_deterministic_algorithms(True, warn_only=True)  # in this mode torch fills it
     yield
-    torch.utils.deterministic.fill_uninitialized_memory = filled
     torch.use_deterministic_algorithms(False)
 
 

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, EncoderDecoderCache
 
+from ..ops.chosen_blocks import Choice, best_blocks, rows_at
 from ..ops.documents import Unpacked
 from ..ops.hierarchical_attention import Source, dense_weights_by_segment, hierarchical_attention, of_rows
-from ..ops.retrieved_attention import Choice, best_blocks
 from .attention import CrossAttention
 from .cache import RecurrentCacheLayer
 from .record import weights_asked
@@ -109,12 +109,9 @@ class HierarchicalCrossAttention(CrossAttention):
         return Source(*(held[name] for name in Source._fields)), held["column"]
 
     def read(self, encoded: torch.Tensor, layout: SourceLayout) -> tuple[Source, torch.Tensor]:
-        key, value = (
-            projection(encoded).flatten(0, 1).index_select(0, layout.token.flatten()).unflatten(0, layout.token.shape)
-            for projection in (self.k_proj, self.v_proj)
-        )
-        leaders = encoded.flatten(0, 1).index_select(0, layout.token[..., 0].flatten())
-        leading = self.segment_k_proj(leaders).unflatten(0, layout.sizes.shape)
+        projected = (projection(encoded).flatten(0, 1) for projection in (self.k_proj, self.v_proj))
+        key, value = (rows_at(x, layout.token) for x in projected)
+        leading = self.segment_k_proj(rows_at(encoded.flatten(0, 1), layout.token[..., 0]))
         key, value, leading = (x.unflatten(-1, (-1, self.head_dim)) for x in (key, value, leading))
         key, value = (x.permute(0, 3, 1, 2, 4).contiguous() for x in (key, value))
         source = Source(key, value, leading.transpose(1, 2).contiguous(), layout.sizes, layout.row)

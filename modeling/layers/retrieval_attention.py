@@ -3,12 +3,11 @@
 import torch
 import torch.nn.functional as F
 
+from ..ops.chosen_blocks import Choice, best_blocks
 from ..ops.documents import Unpacked, find_documents
 from ..ops.retrieved_attention import (
-    Choice,
     Retrieval,
     Text,
-    best_blocks,
     bounds_of,
     dense_weights_by_retrieval,
     retrieved_attention,

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from .arrangement import join_rounds
-from .retrieved_attention import attend_shown, best_blocks, lines_of, rows_at, sorted_pairs
+from .chosen_blocks import attend_shown, best_blocks, lines_of, rows_at, sorted_pairs
 
 ASKING_AT_ONCE = 4096
 FEWEST_ASKING, MOST_ASKING = 16, 256  # queries that are compared with a segment at once

@@ -15,6 +15,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 
+from ..ops.documents import document_numbers
 from .backbone import Backbone
 from .config import ArchConfig
 from .masks import number_documents, several
@@ -233,10 +234,7 @@ def packed_pairs(
     ]
     if not any(several(numbers) for numbers in found):
         return None
-    of_source, of_target = (
-        torch.ones(tokens.shape[:2], dtype=torch.long, device=encoded.device) if numbers is None else numbers
-        for tokens, numbers in zip((encoded, queries), found, strict=True)
-    )
+    of_source, of_target = map(document_numbers, found, (encoded, queries))
     if not is_tracing(of_source) and not torch.equal(of_source.amax(-1), of_target.amax(-1)):
         raise ValueError(
             "Packed rows hold as many documents for the encoder as for the decoder: give position_ids and "
