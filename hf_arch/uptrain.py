@@ -23,7 +23,7 @@ from hf_arch.upcycle import as_ours, rebuilt
 HYBRID = find("hybrid")
 TEACHERS = ("transformer", "mixtral", "hybrid")  # whose stacks have the parts that a hybrid has
 ATTENTION = ("full_attention", "sliding_attention", "sink_attention")  # whose projections can be taken over
-OPEN = 1.2784645  # silu of it is 1: a gate with this bias and no weights lets all pass
+OPEN = 1.2784645427610737  # silu of it is 1: a gate with this bias and no weights lets all pass
 
 
 def joined(linear: nn.Linear) -> torch.Tensor:

@@ -126,7 +126,9 @@ def test_wide_heads_tied_embeddings_and_other_heads_of_the_model(kind):
 
 @torch.no_grad()
 def test_any_transformer_and_several_kinds():
-    gpt2 = scaled_up(transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2))).double().eval()
+    gpt2 = (
+        scaled_up(transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2 | {"n_positions": 128}))).double().eval()
+    )
     student = hf_arch.uptrain(gpt2, "sink_attention", sliding_window=TOKENS.shape[1])
     assert_close(student(TOKENS).logits, as_ours(gpt2)(TOKENS).logits, **EXACT)
     mixtral = Case(hf_arch.find("mixtral"), "ForCausalLM").build()
