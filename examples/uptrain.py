@@ -93,9 +93,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         ("length", 128, "tokens of a window of text"),
         ("window", 32, "tokens that attention with sinks sees"),
         ("batch", 8, "windows of text in a step"),
-        ("steps", 500, "of the Llama's own training"),
-        ("fit-steps", 50, "in which mixers learn from attention"),
-        ("lora-steps", 50, "in which adapters learn from text"),
+        ("steps", 400, "of the Llama's own training"),
+        ("fit-steps", 40, "in which mixers learn from attention"),
+        ("lora-steps", 40, "in which adapters learn from text"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} ({default})")
     for name, default in (("rate", 4e-3), ("fit-rate", 4e-3), ("lora-rate", 4e-3)):
