@@ -1,4 +1,5 @@
-"""What vLLM's transformers backend asks of a model, as its release 0.33 does: it cannot be installed beside us."""
+"""Engines that keep keys and values of many texts themselves: transformers' own, and what vLLM's transformers backend
+asks of a model, as its release 0.33 does, which cannot be installed beside us."""
 
 import ast
 import inspect
@@ -10,6 +11,7 @@ import pytest
 import torch
 import transformers
 from torch.testing import assert_close
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from engine import served
 from hf_arch import ARCHITECTURES
@@ -44,6 +46,21 @@ def test_an_engine_answers_as_the_model_or_is_refused(case):
     for name, parts in found.items():
         logits = torch.cat(parts)
         assert_close(logits, model(texts[name][None, : len(logits)]).logits[0], **EXACT)
+
+
+@pytest.mark.parametrize("name", ["transformer-sliding", "mixtral-ForCausalLM"])
+def test_continuous_batching_answers_as_generate(name):
+    model = next(case for case in DECODERS if str(case) == name).build(torch.float32)
+    texts = [text[:length].tolist() for text, length in zip(some_tokens(3, 40), (40, 17, 25), strict=True)]
+    greedy = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    found = model.generate_batch(
+        inputs=texts,
+        generation_config=GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0),
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=64, page_size=16, max_batch_tokens=64),
+        progress_bar=False,
+    )
+    expected = [model.generate(torch.tensor([text]), **greedy)[0, len(text) :].tolist() for text in texts]
+    assert [answer.generated_tokens for answer in found.values()] == expected
 
 
 def test_the_call_of_the_kernel_can_be_read():
