@@ -10,7 +10,7 @@ from hf_arch.registration import expose
 
 
 def run(arguments: list[str]) -> None:
-    """Serve until interrupted. `arguments` are those of `transformers serve`: a model, if there is but one, and options.
+    """Serve until interrupted. arguments: those of `transformers serve`, a model, if there is but one, and options.
 
     Raises ImportError without the extra `serve`, and SystemExit as every command of transformers does.
     """

@@ -64,7 +64,10 @@ def server(tmp_path_factory):
     with log.open("w") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "hf_arch", *told, port, "--device", "cpu"],
-            **{"cwd": folder, "env": os.environ | offline, "stdout": output, "stderr": subprocess.STDOUT},
+            cwd=folder,
+            env=os.environ | offline,
+            stdout=output,
+            stderr=subprocess.STDOUT,
         )
         try:
             wait_until(f"http://localhost:{port}/health", process, log)

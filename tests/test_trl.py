@@ -1,8 +1,8 @@
 """trl trains adapters of our decoders: supervised, packed and by preferences; as docs/tools.md says."""
 
 import pytest
-import torch
 import tools_page
+import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, get_peft_model
 from torch.testing import assert_close

@@ -10,10 +10,10 @@ from importlib.metadata import entry_points
 import pytest
 import torch
 import transformers
+from engine import served
 from torch.testing import assert_close
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from engine import served
 from hf_arch import ARCHITECTURES
 from hf_arch.modeling.layers.attention import AttentionKernel
 from promises import DECODERS, EXACT, Answering, some_tokens

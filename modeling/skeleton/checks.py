@@ -67,8 +67,8 @@ def check_engine(config, biased: bool, reads_source: bool) -> None:
     }
     if found := [reason for reason, holds in reasons.items() if holds]:
         raise ValueError(
-            f"The attention {engine!r} cannot serve this {config.model_type}: {'; '.join(found)}. `hf-arch serve` serves "
-            "every decoder."
+            f"The attention {engine!r} cannot serve this {config.model_type}: {'; '.join(found)}. `hf-arch serve` "
+            "serves every decoder."
         )
 
 
