@@ -11,9 +11,9 @@ from urllib.request import urlopen
 
 import openai
 import pytest
-import tools_page
 import torch
 
+import tools_page
 from hf_arch import byte_tokenizer, cli, find
 
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant: "

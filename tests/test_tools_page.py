@@ -1,11 +1,11 @@
 """docs/tools.md: the snippets of tools that have no tests of their own, and that none is left out."""
 
 import pytest
-import tools_page
 import torch
 from torch.testing import assert_close
 from transformers import AutoModel, AutoTokenizer
 
+import tools_page
 from hf_arch import embed
 
 RUN_HERE = ("sentence-transformers", "lm-eval", "torch.compile and CUDA graphs")

@@ -1,7 +1,6 @@
 """trl trains adapters of our decoders: supervised, packed and by preferences; as docs/tools.md says."""
 
 import pytest
-import tools_page
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, get_peft_model
@@ -9,6 +8,7 @@ from torch.testing import assert_close
 from transformers import Trainer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+import tools_page
 from hf_arch import byte_tokenizer, find, lora_config
 from promises import some_tokens
 

@@ -10,10 +10,10 @@ from importlib.metadata import entry_points
 import pytest
 import torch
 import transformers
-from engine import served
 from torch.testing import assert_close
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
+from engine import served
 from hf_arch import ARCHITECTURES
 from hf_arch.modeling.layers.attention import AttentionKernel
 from promises import DECODERS, EXACT, Answering, some_tokens
@@ -64,8 +64,8 @@ def test_continuous_batching_answers_as_generate(name):
 
 
 def test_the_call_of_the_kernel_can_be_read():
-    """vLLM 0.33 finds a layer's attention by the source of `forward`: what ALL_ATTENTION_FUNCTIONS gives is called once,
-    by name, with a scaling that is an attribute."""
+    """vLLM finds a layer's attention by the source of `forward`: what ALL_ATTENTION_FUNCTIONS gives is called once, by
+    name, with a scaling that is an attribute."""
     forward = ast.parse(textwrap.dedent(inspect.getsource(AttentionKernel.forward)))
     looked_up = [
         node.targets[0].id
