@@ -20,23 +20,16 @@ def build(name: str, folder):
     """A tiny model that reads bytes, saved in `folder`, with an adapter."""
     torch.manual_seed(0)
     row = find(name)
-    model = row.load("ForCausalLM")(
-        row.tiny_config("ForCausalLM", vocab_size=256, pad_token_id=255, initializer_range=0.1)
-    )
+    config = row.tiny_config("ForCausalLM", vocab_size=256, pad_token_id=255, initializer_range=0.1)
+    model = row.load("ForCausalLM")(config)
     model.save_pretrained(folder)
     model.name_or_path = str(folder)
     return get_peft_model(model, lora_config(model, r=4))
 
 
 def arguments(kind, folder, **options):
-    told = {
-        "learning_rate": 5e-2,
-        "per_device_train_batch_size": 8,
-        "bf16": False,
-        "report_to": "none",
-        "max_length": 96,
-    }
-    told |= {"logging_steps": 1, "use_cpu": True, "dataloader_pin_memory": False, "disable_tqdm": True}
+    told = {"learning_rate": 5e-2, "per_device_train_batch_size": 8, "max_length": 96, "bf16": False, "use_cpu": True}
+    told |= {"report_to": "none", "logging_steps": 1, "dataloader_pin_memory": False, "disable_tqdm": True}
     return kind(str(folder), **(told | options))
 
 

@@ -48,6 +48,21 @@ def test_an_engine_answers_as_the_model_or_is_refused(case):
         assert_close(logits, model(texts[name][None, : len(logits)]).logits[0], **EXACT)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hidden_act": "gelu"},
+        {"eval_capacity_factor": 1.0},
+        {"feed_forward_types": ["hierarchical"] * 2, "num_expert_groups": 2},
+    ],
+    ids=str,
+)
+def test_experts_that_vllm_would_take_for_others_are_refused(fields):
+    model = next(case for case in DECODERS if case.row.name == "mixtral").build(**fields)
+    with served(model) as engine, pytest.raises(ValueError, match="its experts are not Mixtral's"):
+        engine.step({"a": some_tokens(1)[0]})
+
+
 @pytest.mark.parametrize("name", ["transformer-sliding", "mixtral-ForCausalLM"])
 def test_continuous_batching_answers_as_generate(name):
     model = next(case for case in DECODERS if str(case) == name).build(torch.float32)

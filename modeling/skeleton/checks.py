@@ -14,6 +14,8 @@ from transformers.cache_utils import (
 )
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from ..layers.sparse import SPARSE_FEED_FORWARDS
+
 KNOWN_TO_ENGINES = ("full_attention", "sliding_attention", "bidirectional_attention")
 
 
@@ -56,14 +58,16 @@ def check_engine(config, biased: bool, reads_source: bool) -> None:
     whole texts and windows, a memory for each layer, scores to which nothing is added, and vLLM the experts of Mixtral.
     """
     engine, kinds = config._attn_implementation, sorted(set(config.layer_types) - set(KNOWN_TO_ENGINES))
-    sparse = set(config.feed_forward_types) & {"switch", "hierarchical", "expert_choice", "soft"}
-    unknown_experts = sparse or config.has_experts and config.hidden_act != "silu"
+    plain = config.hidden_act == "silu" and config.eval_capacity_factor is None
+    others = not plain or set(config.feed_forward_types) & (SPARSE_FEED_FORWARDS.keys() - {"sparse"})
     reasons = {
         f"it has layers of type {', '.join(kinds)}": kinds,
         "a bias of positions is added to its scores": biased,
         "it reads a source": reads_source,
         "its layers share parameters": len(set(config.layer_groups)) < len(config.layer_groups),
-        "its experts are not Mixtral's, with silu": unknown_experts and engine.startswith("vllm"),
+        "its experts are not Mixtral's, with silu and room for all": engine.startswith("vllm")
+        and config.has_experts
+        and others,
     }
     if found := [reason for reason, holds in reasons.items() if holds]:
         raise ValueError(
