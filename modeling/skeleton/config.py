@@ -84,6 +84,8 @@ class ArchConfig(ExpertConfig):
         self.base_model_tp_plan = self.stack_tp_plan()
         if self.has_experts:
             self.base_model_ep_plan = self.expert_ep_plan()
+        else:
+            self.router_aux_loss_coef = 0.0  # by which trl knows that there are no routers to ask
         super().__post_init__(**kwargs)
 
     def mixer_tp_plan(self) -> dict[str, str]:
