@@ -12,11 +12,13 @@ from hf_arch.export import export, push_to_hub
 from hf_arch.groups import parameter_groups
 from hf_arch.lora import lora_config, register_targets
 from hf_arch.parallel_windows import parallel_windows
-from hf_arch.registration import register
+from hf_arch.question_answering import QuestionAnsweringPipeline, answer_features
+from hf_arch.registration import register, register_pipeline
 from hf_arch.states import fork, load_state, save_state
 from hf_arch.upcycle import upcycle
 
 register()
+register_pipeline()
 register_targets()
 
 LATER = {  # transformers' Trainer and collators take seconds to import
@@ -50,6 +52,7 @@ __all__ = [
     "ContrastiveCollator",
     "ContrastiveTrainer",
     "PrefixLMCollator",
+    "QuestionAnsweringPipeline",
     "RoutingCallback",
     "RoutingStatistics",
     "Segments",
@@ -57,6 +60,7 @@ __all__ = [
     "SpanCorruptionCollator",
     "StatefulTrainer",
     "WholeWordMaskCollator",
+    "answer_features",
     "contrastive_loss",
     "byte_tokenizer",
     "convert",
