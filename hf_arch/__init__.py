@@ -11,6 +11,7 @@ from hf_arch.distill import distill
 from hf_arch.export import export, push_to_hub
 from hf_arch.groups import parameter_groups
 from hf_arch.lora import lora_config, register_targets
+from hf_arch.multitask import MultiTaskModel, TaskBatches, share_weights
 from hf_arch.parallel_windows import parallel_windows
 from hf_arch.question_answering import QuestionAnsweringPipeline, answer_features
 from hf_arch.registration import register, register_pipeline
@@ -51,6 +52,7 @@ __all__ = [
     "Architecture",
     "ContrastiveCollator",
     "ContrastiveTrainer",
+    "MultiTaskModel",
     "PrefixLMCollator",
     "QuestionAnsweringPipeline",
     "RoutingCallback",
@@ -59,6 +61,7 @@ __all__ = [
     "SentenceMaskCollator",
     "SpanCorruptionCollator",
     "StatefulTrainer",
+    "TaskBatches",
     "WholeWordMaskCollator",
     "answer_features",
     "contrastive_loss",
@@ -79,6 +82,7 @@ __all__ = [
     "register_attention",
     "routing_statistics",
     "save_state",
+    "share_weights",
     "upcycle",
     "window_cache",
 ]
