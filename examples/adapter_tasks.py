@@ -34,7 +34,7 @@ LENGTH = 128  # tokens of a window
 LICENCE = re.compile(r"(licen[cs]e|copying|notice)", re.IGNORECASE)
 WORD = re.compile(r"\w+|[^\w\s]")
 ANSWER = 40  # tokens, at most
-MOST = 300  # questions that are held out
+MOST = 200  # questions that are held out
 
 Figures = dict[str, float]
 

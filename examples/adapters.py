@@ -17,20 +17,22 @@ from adapter_tasks import LENGTH, Task, tasks
 from huggingface_hub import HfApi
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
+from transformers.trainer_callback import PrinterCallback
 
 import hf_arch
 from hf_arch.architecture import AUTO_CLASSES
 from hf_arch.demo.text import Document, python_manual, without_repeats
 from hf_arch.demo.tokens import Stream, Windows, train_tokenizer
 
-SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 4, "num_hidden_layers": 4}
-VOCABULARY = 3000
+SIZES = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 3}
+VOCABULARY = 2000
 RANK = 8
-STEPS = {"base": 250, "adapter": 120}  # of 16 texts each
+STEPS = {"base": 300, "adapter": 120}
+BATCH = 8  # texts
 ALL = "all"  # the adapter that learns all tasks
 
 
-def learn(model, items, collator, steps: int, rate: float, batch_size: int = 16) -> None:
+def learn(what: str, model, items, collator, steps: int, rate: float, batch_size: int = BATCH) -> None:
     with TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
@@ -41,11 +43,15 @@ def learn(model, items, collator, steps: int, rate: float, batch_size: int = 16)
             lr_scheduler_type="cosine",
             remove_unused_columns=False,
             save_strategy="no",
-            logging_steps=max(steps // 4, 1),
+            logging_strategy="no",
             disable_tqdm=True,
             report_to=[],
         )
-        Trainer(model, arguments, train_dataset=items, data_collator=collator).train()
+        trainer = Trainer(model, arguments, train_dataset=items, data_collator=collator)
+        trainer.remove_callback(PrinterCallback)
+        done = trainer.train().metrics
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    print(f"{what}: {trained:,} parameters learned for {steps} steps, {done['train_runtime']:.0f} s")
 
 
 def pretrain(every: dict[str, Task], folder: Path, architecture: str) -> None:
@@ -59,9 +65,8 @@ def pretrain(every: dict[str, Task], folder: Path, architecture: str) -> None:
     model = row.load("ForCausalLM")(
         row.load("Config")(vocab_size=len(tokenizer), max_position_embeddings=512, **SIZES, **ends)
     )
-    learn(
-        model, Windows(Stream.of(documents, tokenizer), LENGTH), transformers.default_data_collator, STEPS["base"], 3e-3
-    )
+    windows = Windows(Stream.of(documents, tokenizer), LENGTH)
+    learn("base", model, windows, transformers.default_data_collator, STEPS["base"], 4e-3)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -88,10 +93,11 @@ def teach(models: dict[str, PeftModel], every: dict[str, Task], tokenizer) -> No
     collators = {name: task.collator(tokenizer) for name, task in every.items()}
     for name, model in models.items():
         model.set_adapter(name)
-        learn(model, features[name], collators[name], STEPS["adapter"], 2e-3)
+        learn(name, model, features[name], collators[name], STEPS["adapter"], 3e-3)
     together = hf_arch.MultiTaskModel(models, adapter=ALL)
-    batches = hf_arch.TaskBatches(features, collators, batch_size=16)
-    learn(together, batches, batches.collate, len(models) * STEPS["adapter"], 2e-3, batch_size=1)
+    fewest = min(map(len, features.values()))
+    batches = hf_arch.TaskBatches(features, collators, BATCH, limit=fewest)
+    learn("all four", together, batches, batches.collate, len(models) * STEPS["adapter"], 3e-3, batch_size=1)
 
 
 def pipe(task: Task, model, tokenizer):

@@ -67,8 +67,9 @@ class MultiTaskModel(nn.Module):
 
     def __init__(self, models: Mapping[str, nn.Module], adapter: str | None = None):
         super().__init__()
-        share_weights(models.values(), adapter)
+        share_weights(models.values())
         if adapter is not None:
+            share_weights(models.values(), adapter)
             for model in models.values():
                 model.set_adapter(adapter)
         self.tasks = nn.ModuleDict(models)
@@ -80,11 +81,12 @@ class MultiTaskModel(nn.Module):
 
 
 class TaskBatches(Dataset):
-    """Batches of `batch_size` features of one task each, all tasks' in turn as often as they have any: for a Trainer
-    with one item to a batch and `collate` as its collator.
+    """Batches of `batch_size` features of one task each, for a Trainer with one item to a batch and `collate` as its
+    collator: item k is {"task": name, **batch}.
 
-    features: of each task its items, drawn in an order that `seed` fixes; collators: what makes a batch of them. Item k
-    is {"task": name, **batch}.
+    features: of each task its items; collators: what makes a batch of them. A task has its share of the batches by the
+    number of its items, of which at most `limit` are taken, so that none is drowned by a large one (Raffel et al.,
+    2020, arXiv:1910.10683, section 3.5.2). `seed` fixes which items meet.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class TaskBatches(Dataset):
         features: Mapping[str, Sequence],
         collators: Mapping[str, Callable[[list], dict[str, torch.Tensor]]],
         batch_size: int,
+        limit: int | None = None,
         seed: int = 0,
     ):
         if empty := [name for name, items in features.items() if not len(items)]:
@@ -100,7 +103,7 @@ class TaskBatches(Dataset):
         self.batches: list[tuple[str, list[int]]] = []
         draw = random.Random(seed)
         for name, items in features.items():
-            order = draw.sample(range(len(items)), len(items))
+            order = draw.sample(range(len(items)), min(len(items), limit or len(items)))
             self.batches += [(name, order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
 
     def __len__(self) -> int:
