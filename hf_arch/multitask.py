@@ -50,7 +50,7 @@ def weights(base: nn.Module, adapter: str | None) -> dict[str, tuple[str, torch.
         if not own.startswith("base_layer.")
     }
     return {
-        name.replace(".base_layer.", "."): (name, tensor)
+        ".".join(part for part in name.split(".") if part != "base_layer"): (name, tensor)
         for name, tensor in base.state_dict(keep_vars=True).items()
         if (name in of_adapters and f".{adapter}." in f"{name}." if adapter else name not in of_adapters)
     }
