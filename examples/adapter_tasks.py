@@ -16,15 +16,15 @@ from importlib.metadata import distributions
 from operator import attrgetter, itemgetter
 from pathlib import Path
 
-import help_pages
-import made_texts
 from sklearn.feature_extraction import DictVectorizer
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, default_data_collator
 
+import help_pages
 import hf_arch
+import made_texts
 from hf_arch.demo.ngrams import NGram
 from hf_arch.demo.text import Document, read_files, split
 from hf_arch.demo.tokens import Stream, Windows

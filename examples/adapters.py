@@ -13,13 +13,13 @@ from tempfile import TemporaryDirectory
 
 import torch
 import transformers
-from adapter_tasks import LENGTH, Task, tasks
 from huggingface_hub import HfApi
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 from transformers.trainer_callback import PrinterCallback
 
 import hf_arch
+from adapter_tasks import LENGTH, Task, tasks
 from hf_arch.architecture import AUTO_CLASSES
 from hf_arch.demo.text import Document, python_manual, without_repeats
 from hf_arch.demo.tokens import Stream, Windows, train_tokenizer
@@ -159,12 +159,18 @@ def run(given: argparse.Namespace, every: dict[str, Task], folder: Path) -> dict
         print(f"{name}: {task.texts}; {len(task.train)} to learn from, {len(task.held_out)} held out")
         print("  for instance:", loaded[name](task.request(task.held_out[0])))
     show(every, columns)
+    with models["legal"].disable_adapter(), torch.no_grad():
+        probe = torch.arange(len(tokenizer))[None, :LENGTH]
+        fresh = AutoModelForCausalLM.from_pretrained(source)
+        if not torch.equal(models["legal"](probe).logits, fresh(probe).logits):
+            raise RuntimeError("Learning has changed the base.")
+    print("The base is as it was.")
     own, apart = megabytes(each.model for each in loaded.values())
     print(f"The four models take {own:.1f} MB; {apart:.1f} if each had a base of its own.")
     return columns
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> dict[str, dict]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--architecture", default="transformer", help="of the base: a row of `hf-arch list`")
     parser.add_argument("--model", help="a causal model of hf_arch to take as the base, with its tokenizer")
@@ -173,8 +179,12 @@ if __name__ == "__main__":
     for name, what in (("records", "extraction"), ("news", "sentiment"), ("questions", "questions")):
         parser.add_argument(f"--{name}", metavar="FILE", help=f"lines of JSON, for {what}")
     parser.add_argument("--text", nargs="+", metavar="FILE", help="legal text")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     transformers.logging.set_verbosity_error()
     every = tasks(given.records, given.text, given.news, given.questions)
     with TemporaryDirectory() as temporary:
-        run(given, every, given.output or Path(temporary))
+        return run(given, every, given.output or Path(temporary))
+
+
+if __name__ == "__main__":
+    main()

@@ -14,16 +14,19 @@ RETURNS = re.compile(r"(?:^|\n\s*|\. +)Returns? (?:an? |the )?(.+?)(?=[.:;,]\s|[
 RAISES = re.compile(r"\b[A-Z]\w+(?:Error|Exception)\b")
 
 
+def members(module: str) -> list[tuple[str, object]]:
+    with suppress(Exception), redirect_stdout(StringIO()):  # some modules are of other systems, some greet
+        return inspect.getmembers(importlib.import_module(module), callable)
+    return []
+
+
 def functions() -> Iterator[tuple[str, str, inspect.Signature, str]]:
     """Of each function and class that a module of Python documents: module, name, signature and docstring."""
     for module in sorted(sys.stdlib_module_names - {"antigravity", "this", "idlelib", "turtledemo"}):
-        if module[0] == "_":
-            continue
-        with suppress(Exception), redirect_stdout(StringIO()):  # some modules are of other systems
-            for name, what in inspect.getmembers(importlib.import_module(module), callable):
-                if name[0] != "_" and getattr(what, "__module__", None) == module and inspect.getdoc(what):
-                    with suppress(ValueError):  # no signature
-                        yield module, name, inspect.signature(what), inspect.getdoc(what)
+        for name, what in members(module) if module[0] != "_" else ():
+            if name[0] != "_" and getattr(what, "__module__", None) == module and inspect.getdoc(what):
+                with suppress(ValueError):  # no signature
+                    yield module, name, inspect.signature(what), inspect.getdoc(what)
 
 
 def questions(module: str, name: str, signature: inspect.Signature, says: str) -> Iterator[dict]:
