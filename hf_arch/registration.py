@@ -1,9 +1,13 @@
 """The catalogue, made known to transformers: to its Auto classes at `import hf_arch`, by name where a server asks."""
 
 import transformers
+from transformers import pipelines
 
 from hf_arch.architecture import AUTO_CLASSES
 from hf_arch.catalogue import ARCHITECTURES
+from hf_arch.question_answering import QuestionAnsweringPipeline
+
+ANSWERING = "question-answering"
 
 
 def register() -> None:
@@ -29,3 +33,21 @@ def expose() -> None:
     for row in ARCHITECTURES:
         for head in row.heads:
             setattr(transformers, f"{row.prefix}{head}", row.load(head))
+
+
+def register_pipeline() -> None:
+    """Bring question answering back, which transformers 5 dropped. Does nothing where there is such a pipeline."""
+    if ANSWERING in pipelines.PIPELINE_REGISTRY.supported_tasks:
+        return
+    getattr(pipelines, "REMOVED_TASKS", {}).pop(
+        ANSWERING, None
+    )  # else `pipeline` says that it was removed, whatever is registered
+    pipelines.PIPELINE_REGISTRY.register_pipeline(
+        ANSWERING,
+        QuestionAnsweringPipeline,
+        pt_model=transformers.AutoModelForQuestionAnswering,
+        default={"model": ("distilbert/distilbert-base-cased-distilled-squad", "main")},
+        type="text",
+    )
+    # a saved pipeline is its model and tokenizer: named in the config, it would load as remote code alone
+    del QuestionAnsweringPipeline._registered_impl
