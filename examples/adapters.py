@@ -27,7 +27,7 @@ from hf_arch.demo.tokens import Stream, Windows, train_tokenizer
 SIZES = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 3}
 VOCABULARY = 2000
 RANK = 8
-STEPS = {"base": 300, "adapter": 120}
+STEPS = {"base": 300, "adapter": 100}
 BATCH = 8  # texts
 ALL = "all"  # the adapter that learns all tasks
 

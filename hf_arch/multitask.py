@@ -74,6 +74,22 @@ class MultiTaskModel(nn.Module):
                 model.set_adapter(adapter)
         self.tasks = nn.ModuleDict(models)
 
+    def kept_names(self) -> dict[str, str]:
+        """Of each weight the name under which it is saved: its name in the first task that has it."""
+        first: dict[int, str] = {}
+        return {name: first.setdefault(id(each), name) for name, each in super().state_dict(keep_vars=True).items()}
+
+    def state_dict(self, *args, prefix: str = "", **kwargs) -> dict[str, torch.Tensor]:
+        """Each weight once, as safetensors wants it."""
+        found, kept = super().state_dict(*args, prefix=prefix, **kwargs), set(self.kept_names().values())
+        for name in [name for name in found if name.startswith(prefix) and name.removeprefix(prefix) not in kept]:
+            del found[name]
+        return found
+
+    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], *args, **kwargs):
+        copies = {name: state_dict[kept] for name, kept in self.kept_names().items() if kept in state_dict}
+        return super().load_state_dict({**state_dict, **copies}, *args, **kwargs)
+
     def forward(self, task: str, **inputs):
         if task not in self.tasks:
             raise ValueError(f"There is no task {task!r}; there are {', '.join(self.tasks)}.")
