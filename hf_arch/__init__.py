@@ -22,6 +22,8 @@ register_targets()
 LATER = {  # transformers' Trainer and collators take seconds to import
     "ContrastiveCollator": "collators",
     "ContrastiveTrainer": "contrastive",
+    "NearDuplicates": "corpus.duplicates",
+    "NoisyCollator": "corpus.noise",
     "PrefixLMCollator": "collators",
     "RoutingCallback": "routing",
     "RoutingStatistics": "routing",
@@ -33,6 +35,7 @@ LATER = {  # transformers' Trainer and collators take seconds to import
     "SentenceMaskCollator": "segment_collators",
     "StatefulTrainer": "streams",
     "describe": "description",
+    "load_word_vectors": "word_vectors",
     "WholeWordMaskCollator": "collators",
     "routing_statistics": "routing",
 }
@@ -49,6 +52,8 @@ __all__ = [
     "Architecture",
     "ContrastiveCollator",
     "ContrastiveTrainer",
+    "NearDuplicates",
+    "NoisyCollator",
     "PrefixLMCollator",
     "RoutingCallback",
     "RoutingStatistics",
@@ -67,6 +72,7 @@ __all__ = [
     "find",
     "fork",
     "load_state",
+    "load_word_vectors",
     "lora_config",
     "parallel_windows",
     "parameter_groups",
