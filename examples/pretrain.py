@@ -30,6 +30,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from transformers import AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.distributed import DistributedConfig
@@ -169,7 +170,7 @@ def trained(options, task: Objective, arguments: TrainingArguments, rows, rate: 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Nats per asked token of the n-gram models and of ours."""
     options, rest = read_options(argv)
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())
     check(options, state)
     arguments = training_arguments(options, rest, state)
 
