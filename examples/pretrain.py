@@ -14,14 +14,16 @@ Any option of `transformers.TrainingArguments` may follow (`--max_steps 10000 --
     --precision bf16     mixed precision; fp16 needs a GPU
     --word-vectors FILE  begin from word2vec or GloVe
 
-On several processes: `accelerate launch [--cpu] --num_processes N examples/pretrain.py ...` is data parallel;
-`--sharded` splits the weights among the processes (FSDP2), `--tensor-parallel N` each matrix among N of them. On GPUs
-`accelerate launch --use_fsdp --fsdp_version 2` shards, too; on CPUs accelerate takes that for data parallel.
+On several processes: `accelerate launch --num_processes N examples/pretrain.py ...`, or on CPUs, where accelerate needs
+mpirun for more than one, `torchrun --nproc_per_node N examples/pretrain.py ...`, is data parallel; `--sharded` splits
+the weights among the processes (FSDP2), `--tensor-parallel N` each matrix among N of them. On GPUs `accelerate launch
+--use_fsdp --fsdp_version 2` shards, too, and can resume; on CPUs accelerate takes that for data parallel.
 """
 
 import argparse
 import json
 import math
+import os
 import time
 from copy import copy
 from dataclasses import replace
@@ -82,6 +84,10 @@ def manual():
 def check(options: argparse.Namespace, state: PartialState) -> None:
     """What cannot work is said before anything is read."""
     check_objective(options.objective, hf_arch.find(options.architecture))
+    if state.num_processes == 1 and "MASTER_ADDR" in os.environ:
+        print(
+            "This is one process: on CPUs accelerate starts more by mpirun alone. `torchrun --nproc_per_node N` does."
+        )
     if options.precision == "fp16" and state.device.type == "cpu":
         raise ValueError("fp16 needs a GPU: on this machine take --precision bf16, which needs no scaling of the loss.")
     if state.num_processes % options.tensor_parallel:
