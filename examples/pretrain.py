@@ -90,6 +90,8 @@ def check(options: argparse.Namespace, state: PartialState) -> None:
         )
     if options.precision == "fp16" and state.device.type == "cpu":
         raise ValueError("fp16 needs a GPU: on this machine take --precision bf16, which needs no scaling of the loss.")
+    if options.tensor_parallel > 1 and state.device.type == "cpu":
+        raise ValueError("--tensor-parallel needs GPUs: accelerate has no mesh of CPUs. --sharded works here.")
     if state.num_processes % options.tensor_parallel:
         raise ValueError(
             f"--tensor-parallel {options.tensor_parallel} does not divide {state.num_processes} processes."

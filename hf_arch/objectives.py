@@ -20,7 +20,7 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedModel, PreTr
 
 from hf_arch.architecture import Architecture
 from hf_arch.catalogue import ARCHITECTURES
-from hf_arch.collators import PrefixLMCollator, SpanCorruptionCollator
+from hf_arch.collators import PrefixLMCollator, SeededCollator, SpanCorruptionCollator
 from hf_arch.corpus.noise import WAYS, NoisyCollator
 from hf_arch.corpus.packing import pack, pieces
 from hf_arch.corpus.streaming import token_documents
@@ -50,7 +50,7 @@ class Objective:
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.add_tokens(tokenizer)
-        self.collator = self.make_collator()
+        self.collator = SeededCollator(self.make_collator())
 
     @classmethod
     def head_of(cls, row: Architecture) -> str | None:
@@ -87,12 +87,15 @@ class Objective:
         """What the collator makes batches of."""
         return pack(token_documents(iter(texts), self.tokenizer), self.length)
 
-    def noisy(self, rate: float) -> NoisyCollator:
+    def noisy(self, rate: float) -> SeededCollator:
         """The collator with noise that leaves the labels true."""
-        keep = self.tokenizer.all_special_ids
+        keep = self.special_ids()
         vocabulary = sorted(set(range(len(self.tokenizer))) - set(keep))
         along = [name for name in NoisyCollator.along if name != "labels" or not self.answers_apart]
-        return NoisyCollator(self.collator, rate, vocabulary, keep, self.ways, along)
+        return SeededCollator(NoisyCollator(self.make_collator(), rate, vocabulary, keep, self.ways, along))
+
+    def special_ids(self) -> list[int]:
+        return self.tokenizer.all_special_ids
 
     @staticmethod
     def targets(batch: Batch) -> torch.Tensor:
@@ -101,18 +104,16 @@ class Objective:
 
     @torch.no_grad()
     def loss(self, model: PreTrainedModel, rows: Dataset | list[dict], batch_size: int = 32) -> tuple[float, int]:
-        """Nats of all tokens that are asked in the rows, and their number. What is hidden follows from a fixed seed, so
-        that models are asked the same."""
+        """Nats of all tokens that are asked in the rows, and their number. What is hidden follows from the rows, so
+        that all models are asked the same."""
         was_training, nats, count = model.training, 0.0, 0
         model.eval()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            for batch in DataLoader(rows, batch_size, collate_fn=self.collator):
-                batch = {name: values.to(model.device) for name, values in batch.items()}
-                targets = self.targets(batch)
-                logits = model(**batch).logits.float()
-                nats += cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
-                count += int((targets != -100).sum())
+        for batch in DataLoader(rows, batch_size, collate_fn=self.collator):
+            batch = {name: values.to(model.device) for name, values in batch.items()}
+            targets = self.targets(batch)
+            logits = model(**batch).logits.float()
+            nats += cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+            count += int((targets != -100).sum())
         model.train(was_training)
         return nats, count
 
@@ -168,11 +169,8 @@ class Span(OfPieces):
             sentinel_token_ids=self.tokenizer.convert_tokens_to_ids(self.sentinels),
         )
 
-    def noisy(self, rate):
-        noisy = super().noisy(rate)
-        noisy.keep = [*noisy.keep, *self.tokenizer.convert_tokens_to_ids(self.sentinels)]
-        noisy.vocabulary = sorted(set(noisy.vocabulary) - set(noisy.keep))
-        return noisy
+    def special_ids(self):
+        return [*super().special_ids(), *self.tokenizer.convert_tokens_to_ids(self.sentinels)]
 
 
 class Prefix(OfPieces):
