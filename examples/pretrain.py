@@ -25,6 +25,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -35,7 +36,6 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from transformers import AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed
-from transformers.distributed import DistributedConfig
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_arch
@@ -45,18 +45,19 @@ from hf_arch.demo.ngrams import NGram
 from hf_arch.demo.text import Document, python_manual
 from hf_arch.demo.tokens import train_tokenizer
 from hf_arch.objectives import OBJECTIVES, Objective, check_objective, objective
+from hf_arch.sharding import check_sharding, sharded
 
-MOST_HELD_OUT = 500  # documents
 SOME_TEXTS, SOME_TOKENS = 20_000, 5_000_000  # of a stream, for the tokenizer and for the n-gram models
+MOST_HELD_OUT = 500  # documents
 DEFAULTS = {"max_steps": 500, "per_device_train_batch_size": 8, "learning_rate": 3e-3, "lr_scheduler_type": "cosine"}
 DEFAULTS |= {"warmup_steps": 25, "weight_decay": 0.1, "adam_beta2": 0.95, "save_steps": 250, "logging_steps": 50}
 DEFAULTS |= {"report_to": "none", "disable_tqdm": "true", "ddp_find_unused_parameters": "false"}
 
 
 def read_options(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    """Ours, and what is left for TrainingArguments."""
+    form = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=form)
     parser.add_argument("--architecture", default="retnet")
     parser.add_argument("--objective", default="causal", choices=OBJECTIVES)
     parser.add_argument("--text", nargs="+", metavar="FILE")
@@ -67,7 +68,9 @@ def read_options(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--fields", type=json.loads, default={}, metavar="JSON")
-    parser.add_argument("--duplicates", type=float, default=0.8, help="likeness of documents that are duplicates")
+    parser.add_argument(
+        "--duplicates", type=float, default=0.8, help="how like documents are that are one; 0: keep all"
+    )
     parser.add_argument("--augment", type=float, default=0.0, metavar="RATE")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
     parser.add_argument("--word-vectors", metavar="FILE")
@@ -77,30 +80,16 @@ def read_options(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]
     return parser.parse_known_args(argv)
 
 
-def manual():
-    return (document.text for document in python_manual())
-
-
 def check(options: argparse.Namespace, state: PartialState) -> None:
     """What cannot work is said before anything is read."""
     check_objective(options.objective, hf_arch.find(options.architecture))
+    check_sharding(options.tensor_parallel, state)
     if state.num_processes == 1 and "MASTER_ADDR" in os.environ:
-        print(
-            "This is one process: on CPUs accelerate starts more by mpirun alone. `torchrun --nproc_per_node N` does."
-        )
+        print("This is one process. On CPUs accelerate starts more by mpirun alone: take torchrun --nproc_per_node N.")
     if options.precision == "fp16" and state.device.type == "cpu":
         raise ValueError("fp16 needs a GPU: on this machine take --precision bf16, which needs no scaling of the loss.")
-    if options.tensor_parallel > 1 and state.device.type == "cpu":
-        raise ValueError("--tensor-parallel needs GPUs: accelerate has no mesh of CPUs. --sharded works here.")
-    if state.num_processes % options.tensor_parallel:
-        raise ValueError(
-            f"--tensor-parallel {options.tensor_parallel} does not divide {state.num_processes} processes."
-        )
     if options.resume and (options.sharded or options.tensor_parallel > 1):
-        raise ValueError(
-            "A run with --sharded or --tensor-parallel cannot resume: Trainer saves the optimizer of one "
-            "process alone. On GPUs `accelerate launch --use_fsdp --fsdp_version 2` saves all."
-        )
+        raise ValueError("--resume does not go with --sharded or --tensor-parallel: not all of the optimizer is saved.")
     if not options.resume and list(options.output.glob("*/checkpoint-*")):
         raise ValueError(f"{options.output} holds an earlier run: --resume goes on with it, --output names another.")
 
@@ -115,7 +104,21 @@ def training_arguments(options: argparse.Namespace, rest: list[str], state: Part
     return arguments
 
 
-def make_tokenizer(options: argparse.Namespace, texts, state: PartialState):
+def read_texts(options: argparse.Namespace) -> tuple[Callable[[], Iterator[str]], list[str]]:
+    """What begins to read the texts to learn from, and the texts that are held out."""
+    manual = Corpus(lambda: (document.text for document in python_manual()))
+    corpus = Corpus.of_files(options.text) if options.text else manual
+    corpus = replace(corpus, boilerplate=boilerplate_lines(corpus.read()), threshold=options.duplicates or None)
+    held_out = list(islice(corpus.part(held_out=True), MOST_HELD_OUT))
+    train = partial(corpus.part, held_out=False)
+    if not options.stream:
+        train = partial(iter, list(train()))
+    if not held_out or not next(train(), None):
+        raise ValueError("There are too few documents to hold one out: give more text.")
+    return train, held_out
+
+
+def make_tokenizer(options: argparse.Namespace, texts: Iterator[str], state: PartialState):
     """One process trains it, all load it; a resumed run has it."""
     folder = options.output / "tokenizer"
     if options.tokenizer == "bytes":
@@ -130,26 +133,31 @@ def make_tokenizer(options: argparse.Namespace, texts, state: PartialState):
 
 
 def make_model(options: argparse.Namespace, task: Objective, state: PartialState):
-    heads = max(options.hidden_size // 32, 1)
-    sizes = {
-        "hidden_size": options.hidden_size,
-        "intermediate_size": 4 * options.hidden_size,
-        "num_attention_heads": heads,
-    }
-    model = task.row.load(task.head)(task.config(**(sizes | {"num_hidden_layers": options.layers} | options.fields)))
+    sizes = {"hidden_size": options.hidden_size, "intermediate_size": 4 * options.hidden_size}
+    sizes |= {"num_attention_heads": max(options.hidden_size // 32, 1), "num_hidden_layers": options.layers}
+    model = task.row.load(task.head)(task.config(**(sizes | options.fields)))
     if options.word_vectors:
         state.print(hf_arch.load_word_vectors(model, task.tokenizer, options.word_vectors))
-    if not options.sharded and options.tensor_parallel == 1:
-        return model
-    folder, split = options.output / "untrained", options.tensor_parallel
-    if state.is_main_process:
-        model.save_pretrained(folder)
-    state.wait_for_everyone()
-    told = DistributedConfig(tp_size=split, fsdp_size=state.num_processes // split)
-    return type(model).from_pretrained(folder, distributed_config=told)
+    if options.sharded or options.tensor_parallel > 1:
+        model = sharded(model, options.output / "untrained", state, options.tensor_parallel)
+    return model
 
 
-def n_grams(tokenizer, train, held_out: list[str]) -> dict[str, float]:
+def trained(options, task: Objective, arguments: TrainingArguments, rows, rate: float, state: PartialState) -> Trainer:
+    """One run, into a folder of its own; `rate` is that of the noise."""
+    folder = options.output / (f"noise-{rate}" if rate else "plain")
+    set_seed(arguments.seed)
+    told, collator = copy(arguments), task.noisy(rate) if rate else task.collator
+    told.output_dir = str(folder)
+    model = make_model(options, task, state)
+    trainer = Trainer(model, told, collator, train_dataset=rows, processing_class=task.tokenizer)
+    last = get_last_checkpoint(folder) if options.resume and folder.exists() else None
+    trainer.train(resume_from_checkpoint=last)
+    trainer.save_model(folder / "model")
+    return trainer
+
+
+def n_grams(tokenizer, train: Iterator[str], held_out: list[str]) -> dict[str, float]:
     """Nats per token of held-out text, by counts of the same tokens."""
 
     def tokens(texts) -> np.ndarray:
@@ -160,60 +168,32 @@ def n_grams(tokenizer, train, held_out: list[str]) -> dict[str, float]:
     return {name: NGram(learned, n, len(tokenizer)).loss(asked) for name, n in (("bigram", 2), ("trigram", 3))}
 
 
-def trained(options, task: Objective, arguments: TrainingArguments, rows, rate: float, state: PartialState) -> Trainer:
-    """One run, into a folder of its own; `rate` is that of the noise."""
-    folder = options.output / (f"noise-{rate}" if rate else "plain")
-    set_seed(arguments.seed)
-    told = copy(arguments)
-    told.output_dir = str(folder)
-    collator = task.noisy(rate) if rate else task.collator
-    trainer = Trainer(make_model(options, task, state), told, collator, train_dataset=rows)
-    last = get_last_checkpoint(folder) if options.resume and folder.exists() else None
-    trainer.train(resume_from_checkpoint=last)
-    trainer.save_model(folder / "model")
-    task.tokenizer.save_pretrained(folder / "model")
-    return trainer
-
-
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Nats per asked token of the n-gram models and of ours."""
     options, rest = read_options(argv)
     state = PartialState(cpu=not torch.accelerator.is_available())
     check(options, state)
     arguments = training_arguments(options, rest, state)
-
-    corpus = Corpus.of_files(options.text) if options.text else Corpus(manual)
-    corpus = replace(corpus, boilerplate=boilerplate_lines(corpus.read()), threshold=options.duplicates)
-    held_out = list(islice(corpus.part(held_out=True), MOST_HELD_OUT))
-    train = partial(corpus.part, held_out=False)
-    if not options.stream:
-        train = partial(iter, list(train()))
-    if not held_out or not next(train(), None):
-        raise ValueError("There are too few documents to hold one out: give more text.")
+    train, held_out = read_texts(options)
     tokenizer = make_tokenizer(options, train(), state)
     task = objective(options.objective, hf_arch.find(options.architecture), tokenizer, options.length)
     rows = streamed(lambda: task.rows(train())) if options.stream else list(task.rows(train()))
     asked = list(task.rows(held_out))
 
-    figures = n_grams(tokenizer, train(), held_out)
-    seconds = {}
+    figures, seconds = n_grams(tokenizer, train(), held_out), {}
     for rate in dict.fromkeys((0.0, options.augment)):
-        started = time.perf_counter()
+        name, started = options.architecture + (f", noise {rate:.0%}" if rate else ""), time.perf_counter()
         trainer = trained(options, task, arguments, rows, rate, state)
-        name = f"{options.architecture}, noise {rate:.0%}" if rate else options.architecture
-        seconds[name] = time.perf_counter() - started
         nats, count = task.loss(trainer.model, asked)
-        figures[name] = nats / count
-    # every byte of the held-out text is said by tokens that are asked, where these are all of the next ones
-    per_byte = (
-        count / math.log(2) / sum(len(text.encode()) for text in held_out) if options.objective == "causal" else 0
-    )
+        figures[name], seconds[name] = nats / count, time.perf_counter() - started
 
     state.print(f"{len(held_out)} held-out documents, {count:,} tokens asked. Objective: {options.objective}.")
-    state.print(f"{'':32}nats / token" + "  bits / byte" * (per_byte > 0) + "  seconds")
+    every = options.objective == "causal"  # token is asked, and so every byte is said
+    size = sum(len(text.encode()) for text in held_out)
+    state.print(f"{'':32}nats / token" + "  bits / byte" * every + "  seconds")
     for name, nats in figures.items():
-        bits = f"{nats * per_byte:13.3f}" * (per_byte > 0)
-        state.print(f"{name:32}{nats:12.3f}{bits}{seconds.get(name, math.nan):9.0f}".replace("nan", "   "))
+        bits = f"{nats * count / math.log(2) / size:13.3f}" * every
+        state.print(f"{name:32}{nats:12.3f}{bits}" + (f"{seconds[name]:9.0f}" if name in seconds else ""))
     return figures
 
 

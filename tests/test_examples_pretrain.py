@@ -103,7 +103,7 @@ def test_what_cannot_be_is_said_at_once(run, monkeypatch):
         run("--objective", "span")
     with pytest.raises(ValueError, match="fp16 needs a GPU"):
         run("--precision", "fp16")
-    with pytest.raises(ValueError, match="tensor-parallel needs GPUs"):
+    with pytest.raises(ValueError, match="splits matrices on GPUs alone"):
         run("--tensor-parallel", 2)
     with pytest.raises(ValueError, match="too few documents"):
         run("--text", __file__)
