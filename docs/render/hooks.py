@@ -42,7 +42,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     for path, row in ROWS.items():
         families[FAMILIES[row.family]].append({row.title: path})
     architectures = ["architectures/index.md", *({title: rows} for title, rows in families.items())]
-    pages = {path.name for path in Path(config.docs_dir).glob("*.md")} | {path for path in PAGES}
+    pages = {path.name for path in Path(config.docs_dir).glob("*.md")} | set(PAGES)
     config.nav = ["index.md", {"Architectures": architectures}, *sorted(pages - {"index.md"})]
     return config
 

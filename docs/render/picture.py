@@ -15,7 +15,7 @@ STEP = 1e-6  # of the change of an embedding: small enough that choices (buckets
 NOTHING = 1e-8  # of the largest: less is rounding
 DECADES = 4  # of the scale; what is fainter has its last colour, and what is nothing is white
 COLORS = LinearSegmentedColormap.from_list("influence", ["#dcebf1", "#5aa3bf", "#0b6e99", "#062f44"])
-PANEL = 3.1  # inches
+PANEL, EDGES = 2.5, (0.6, 0.15, 0.5, 0.35)  # inches: of a square, and left, right, below and above it
 
 
 def picture(row: Architecture, panels: dict[str, dict]) -> bytes:
@@ -26,19 +26,21 @@ def picture(row: Architecture, panels: dict[str, dict]) -> bytes:
             drawn[", ".join(filter(None, [title, stream]))] = changes
     columns = min(4, len(drawn))
     lines = -(-len(drawn) // columns)
-    figure = Figure(figsize=(PANEL * columns, PANEL * lines + 0.3), dpi=80, layout="constrained")
-    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for axes, (title, changes) in zip(grid, drawn.items(), strict=False):
-        draw(axes, title, changes)
-    for axes in grid[len(drawn) :]:
-        axes.set_axis_off()
+    left, right, below, above = EDGES
+    width, height = (PANEL + left + right) * columns, (PANEL + below + above) * lines
+    figure = Figure(figsize=(width, height), dpi=80)
+    for number, (title, changes) in enumerate(drawn.items()):
+        line, column = divmod(number, columns)
+        corner = left + (PANEL + left + right) * column, height - (PANEL + below + above) * (line + 1) + below
+        square = corner[0] / width, corner[1] / height, PANEL / width, PANEL / height
+        draw(figure.add_axes(square), title, changes)
     written = io.BytesIO()
     figure.savefig(written, format="png", metadata={"Software": None})
     return written.getvalue()
 
 
 def build(row: Architecture, fields: dict) -> nn.Module:
-    """The row's tiny model with these fields, in float64, its weights so large that a layer shows beside its residual."""
+    """The row's tiny model with these fields, in float64, its weights so large that layers show beside residuals."""
     torch.manual_seed(0)
     model = row.load("Model")(row.tiny_config(**({"num_hidden_layers": 1, "initializer_range": 0.2} | fields))).eval()
     with torch.no_grad():

@@ -17,8 +17,8 @@ RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 FRONT = ("cost", "picture")
 SECTIONS = ("Formula", "Cost", "Choose it", "Choose another", "Example")
 SYMBOLS = (
-    "$T$ tokens, $H$ width of the model. A step is one more token after $T$ others; its state is what the cache holds of "
-    "them, in numbers for each layer."
+    "$T$ tokens, $H$ width of the model. A step is one more token after $T$ others; its state is what the cache holds "
+    "of them, in numbers for each layer."
 )
 SEEN = (
     "How much answer $i$ changes when the embedding of token $j$ does, by a little: dark is much, over four powers of "
@@ -94,8 +94,8 @@ def promises(row: Architecture) -> str:
         return "## Promises\n\nKeeps all of the [promises](../promises.md) that are tested over the catalogue."
     broken = "\n".join(f"- **{promise}**: {reason}" for promise, reason in row.exceptions.items())
     return (
-        "## Promises\n\nKeeps the [promises](../promises.md) that are tested over the catalogue, but for those that its "
-        f"mathematics cannot keep, which is tested too:\n\n{broken}"
+        "## Promises\n\nKeeps the [promises](../promises.md) that are tested over the catalogue, but for those that "
+        f"its mathematics cannot keep, which is tested too:\n\n{broken}"
     )
 
 
@@ -118,7 +118,7 @@ def fields(row: Architecture) -> str:
     config = row.load("Config")
     return (
         f"## Configuration\n\n`{config.__name__}`, beside the fields that [all have](../configuration.md):\n\n"
-        f"{prose(config.__doc__)}\n\n??? note \"All fields and their defaults\"\n\n{indented(defaults(config))}"
+        f'{prose(config.__doc__)}\n\n??? note "All fields and their defaults"\n\n{indented(defaults(config))}'
     )
 
 
