@@ -1,6 +1,7 @@
 """The site builds without a warning, every row has its page, and what pages say by code and pictures is so."""
 
 import re
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from docs.render import formula, picture, row_page
 from docs.render.hooks import HERE, ROOT
 from hf_arch import ARCHITECTURES, find
 from hf_arch.catalogue import FULL_ATTENTION
+from hf_arch.description import RELEASED
 
 FETCHED = re.compile(r"""<(?:script|img|link rel="stylesheet")[^>]+(?:src|href)="(?:https?:)?//""")
 ROWS = pytest.mark.parametrize("row", ARCHITECTURES, ids=lambda row: row.name)
@@ -22,9 +24,12 @@ def written(row) -> str:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """Built strictly: a link that leads nowhere, or a page that is not in the navigation, raises."""
+    """Built strictly: a link that leads nowhere, or a page that is not in the navigation, raises. One released model
+    will do: test_description.py has all."""
     folder = tmp_path_factory.mktemp("site")
-    build(load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(folder)))
+    few = {name: RELEASED[name] for name in ("Llama 3.1 8B",)}
+    with patch.dict(RELEASED, few, clear=True):
+        build(load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(folder)))
     return folder
 
 
@@ -55,7 +60,7 @@ def test_the_site_needs_no_network(site):
 def test_what_is_computed_is_there(site):
     table = (site / "architectures/index.html").read_text()
     assert all(f'href="{row.name}.html"' in table for row in ARCHITECTURES) and HERE not in table
-    assert "671.03 B" in (site / "side_by_side.html").read_text()
+    assert "8.03 B" in (site / "side_by_side.html").read_text()
     assert "hf_arch.lora_config(" in re.sub("<[^>]+>", "", (site / "api.html").read_text())
     for name in ("experiments", "conformance", "promises", "configuration", "measured/index"):
         assert len((site / f"{name}.html").read_text()) > 10000

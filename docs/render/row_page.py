@@ -22,8 +22,8 @@ SYMBOLS = (
 )
 SEEN = (
     "How much answer $i$ changes when the embedding of token $j$ does, by a little: dark is much, over four powers of "
-    "ten, and white is not at all. Measured at this build, in a tiny model of this row with random weights: what is "
-    "white can not be learnt, what is dark may be."
+    "ten, and white is not at all. Measured at this build, in a tiny model of this row with random weights: white is "
+    "out of reach, whatever is learned; of rows that choose by content, in this text."
 )
 
 
@@ -76,7 +76,8 @@ def facts(row: Architecture) -> str:
         "heads": f"{heads_in_words(row)}: `{row.prefix}Model`, ...",
         "LoRA by default": ", ".join(f"`{name}`" for name in row.lora_targets),
     }
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {told} |" for name, told in lines.items())])
+    first, *others = (f"| {name} | {told} |" for name, told in lines.items())
+    return "\n".join([first, "|---|---|", *others])
 
 
 def costs(cost: dict[str, str]) -> str:
