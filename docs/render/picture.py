@@ -66,9 +66,10 @@ def influences(model: nn.Module) -> dict[str, torch.Tensor]:
 def influence(model: nn.Module, reader: nn.Module) -> dict[str, torch.Tensor]:
     """|change of answer i| for a small change of the embedding of token j of what `reader` reads, as [i, j].
 
-    The same random text stands in the batch once as it is, and once for each token that is changed: one call tells all.
+    The same text, no token of it twice, stands in the batch once as it is, and once for each token that is changed: one
+    call tells all.
     """
-    tokens = torch.randint(3, 90, (1, LENGTH), generator=torch.Generator().manual_seed(1)).expand(LENGTH + 1, -1)
+    tokens = torch.randperm(90, generator=torch.Generator().manual_seed(1))[:LENGTH].expand(LENGTH + 1, -1) + 3
     size = reader.embed_tokens(tokens[:1]).shape[-1]
     direction = torch.randn(size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     changes = STEP * torch.eye(LENGTH, dtype=torch.float64)[..., None] * direction
