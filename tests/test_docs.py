@@ -38,7 +38,8 @@ def test_a_row_has_its_page(row, site):
     page = (site / f"architectures/{row.name}.html").read_text()
     assert f"https://arxiv.org/abs/{row.paper.removeprefix('arXiv:')}" in page
     of_formula = page.split('id="formula"')[1].split('id="what-hears-of-what"')[0]
-    assert of_formula.count("<path d=") and "arithmatex" not in page
+    words = re.sub("<(code|pre|title)>.*?</", "", page.split("<article")[1], flags=re.DOTALL)
+    assert of_formula.count("<path d=") and "arithmatex" not in page and "$" not in words
     assert all(reason[:40] in page for reason in row.exceptions.values())
     assert (site / f"architectures/{row.name}.png").stat().st_size > 5000
     assert f"../measured/{row.name}.png" in page and (site / f"measured/{row.name}.png").exists()

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from mkdocs.utils.meta import get_data
 
-from benchmarks.experiments.experiment import load
 from benchmarks.experiments.page import EXPERIMENTS
+from benchmarks.experiments.record import load
 from docs.render.reference import defaults, prose
 from hf_arch.architecture import Architecture
 from hf_arch.bench.report import growth, summary
@@ -112,7 +112,7 @@ def measured(row: Architecture) -> str:
 
 
 def took_part(row: Architecture, experiment: str) -> bool:
-    return any(run["architecture"].split("-")[0] == row.name for run in load(experiment, RESULTS / "experiments"))
+    return any(run["architecture"].split("-")[0] == row.name for run in load(experiment) or ())
 
 
 def fields(row: Architecture) -> str:
