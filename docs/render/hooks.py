@@ -37,7 +37,7 @@ FAMILIES = {
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """The navigation: the architectures by family, what was measured, then whatever else is in the folder."""
+    """The navigation: the architectures by family, then whatever else is in the folder."""
     families: dict[str, list] = {title: [] for title in FAMILIES.values()}
     for path, row in ROWS.items():
         families[FAMILIES[row.family]].append({row.title: path})

@@ -1,5 +1,6 @@
 """The page of an architecture: what a person wrote of it in architectures/<name>.md, and what is known of it beside."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -74,10 +75,19 @@ def facts(row: Architecture) -> str:
         "family": row.family.replace("_", " "),
         "`model_type`": f"`{row.model_type}`",
         "heads": f"{heads_in_words(row)}: `{row.prefix}Model`, ...",
+        "`hf_arch.convert`": originals(row),
         "LoRA by default": ", ".join(f"`{name}`" for name in row.lora_targets),
     }
     first, *others = (f"| {name} | {told} |" for name, told in lines.items())
     return "\n".join([first, "|---|---|", *others])
+
+
+def originals(row: Architecture) -> str:
+    """What `hf_arch.convert` takes, as the first sentences of its module say it."""
+    path = f"hf_arch.modeling.{row.family}.{row.name}.conversion_{row.name}"
+    if importlib.util.find_spec(path) is None:
+        return "no originals"
+    return " ".join(importlib.import_module(path).__doc__.split("\n\n")[0].split())
 
 
 def costs(cost: dict[str, str]) -> str:
