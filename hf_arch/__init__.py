@@ -15,6 +15,7 @@ from hf_arch.parallel_windows import parallel_windows
 from hf_arch.registration import register
 from hf_arch.states import fork, load_state, save_state
 from hf_arch.upcycle import upcycle
+from hf_arch.uptrain import uptrain
 
 register()
 register_targets()
@@ -22,6 +23,7 @@ register_targets()
 LATER = {  # transformers' Trainer and collators take seconds to import
     "ContrastiveCollator": "collators",
     "ContrastiveTrainer": "contrastive",
+    "MixerTrainer": "mixer_fitting",
     "PrefixLMCollator": "collators",
     "RoutingCallback": "routing",
     "RoutingStatistics": "routing",
@@ -49,6 +51,7 @@ __all__ = [
     "Architecture",
     "ContrastiveCollator",
     "ContrastiveTrainer",
+    "MixerTrainer",
     "PrefixLMCollator",
     "RoutingCallback",
     "RoutingStatistics",
@@ -76,5 +79,6 @@ __all__ = [
     "routing_statistics",
     "save_state",
     "upcycle",
+    "uptrain",
     "window_cache",
 ]

@@ -1,4 +1,4 @@
-"""The catalogue, made known to transformers at `import hf_arch`."""
+"""The catalogue, made known to transformers: to its Auto classes at `import hf_arch`, by name where a server asks."""
 
 import transformers
 
@@ -21,3 +21,11 @@ def register() -> None:
             auto = getattr(transformers, AUTO_CLASSES[head])
             if config not in auto._model_mapping:
                 auto.register(config, row.load(head))
+
+
+def expose() -> None:
+    """Put our classes on the transformers module. There `transformers serve` and vLLM look for the class that a config
+    names; nothing else needs it. For this process, as often as one likes; our names (`Arch...`) meet no other."""
+    for row in ARCHITECTURES:
+        for head in row.heads:
+            setattr(transformers, f"{row.prefix}{head}", row.load(head))
