@@ -5,12 +5,7 @@ import re
 import textwrap
 
 import hf_arch
-from hf_arch.modeling.hierarchical.hnet.configuration_hnet import HierarchyConfig
-from hf_arch.modeling.long_context.longformer.configuration_longformer import DirectedConfig
-from hf_arch.modeling.skeleton.config import ArchConfig, AttentionConfig
-from hf_arch.modeling.skeleton.expert_config import ExpertConfig
-
-SHARED = (ArchConfig, ExpertConfig, AttentionConfig, DirectedConfig, HierarchyConfig)
+from hf_arch.architecture import Architecture
 
 
 def reference() -> str:
@@ -28,10 +23,28 @@ def reference() -> str:
 
 def configuration() -> str:
     """A page of the fields that configs have in common."""
+    own = {row.load("Config") for row in hf_arch.ARCHITECTURES}
+    shared = {base: None for row in hf_arch.ARCHITECTURES for base in ancestors(row.load("Config")) if base not in own}
     parts = ["# Configuration", "The fields that architectures share; what is one's own stands on its page."]
-    for config in SHARED:
-        parts += [f"## {config.__name__}", prose(config.__doc__), defaults(config)]
+    for base in sorted(shared, key=lambda base: len(base.__mro__)):
+        parts += [f"## {base.__name__}", prose(base.__doc__), defaults(base, own_fields(base))]
     return "\n\n".join(parts)
+
+
+def ancestors(config: type) -> list[type]:
+    """The classes of hf_arch that a config has fields of, the nearest first."""
+    return [base for base in config.__mro__[1:] if "hf_arch" in base.__module__ and own_fields(base)]
+
+
+def inherited(row: Architecture) -> str:
+    """Links to where the fields that a row has of others are told."""
+    rows = {row.load("Config"): row.name for row in hf_arch.ARCHITECTURES}
+    return ", ".join(
+        f"[`{base.__name__}`]({rows[base]}.md#configuration)"
+        if base in rows
+        else f"[`{base.__name__}`](../configuration.md#{base.__name__.lower()})"
+        for base in ancestors(row.load("Config"))
+    )
 
 
 def signature(name: str, thing) -> str:
@@ -66,10 +79,13 @@ def block(text: str) -> str:
     return "\n".join(f"- {' '.join(item)}" for item in told)
 
 
-def defaults(config: type) -> str:
-    """A table of the fields that hf_arch's own classes name, from the common ones on."""
-    names = [name for base in reversed(config.__mro__) if "hf_arch" in base.__module__ for name in own_fields(base)]
-    lines = [f"| `{name}` | `{getattr(config, name, None)!r}` |" for name in dict.fromkeys(names)]
+def all_fields(config: type) -> list[str]:
+    """Those that hf_arch's own classes name, from the common ones on."""
+    return list(dict.fromkeys(name for base in (*reversed(ancestors(config)), config) for name in own_fields(base)))
+
+
+def defaults(config: type, names: list[str]) -> str:
+    lines = [f"| `{name}` | `{getattr(config, name, None)!r}` |" for name in names]
     return "\n".join(["| field | default |", "|---|---|", *lines])
 
 
