@@ -18,8 +18,8 @@ RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 FRONT = ("cost", "picture")
 SECTIONS = ("Formula", "Cost", "Choose it", "Choose another", "Example")
 SYMBOLS = (
-    "$T$ tokens, $H$ width of the model, $D$ that of a head. A step is one more token after $T$ others; its state is what "
-    "the cache holds of them, in numbers for each layer."
+    "$T$ tokens, $H$ width of the model, $D$ that of a head. A step is one more token after $T$ others; its state is "
+    "what the cache holds of them, in numbers for each layer."
 )
 SEEN = (
     "How much answer $i$ changes when the embedding of token $j$ does, by a little: dark is much, over four powers of "
@@ -127,9 +127,10 @@ def took_part(row: Architecture, experiment: str) -> bool:
 
 def fields(row: Architecture) -> str:
     config = row.load("Config")
+    table = indented(defaults(config, all_fields(config)))
     return (
         f"## Configuration\n\n`{config.__name__}`, beside the fields of {inherited(row)}:\n\n"
-        f'{prose(config.__doc__)}\n\n??? note "All fields and their defaults"\n\n{indented(defaults(config, all_fields(config)))}'
+        f'{prose(config.__doc__)}\n\n??? note "All fields and their defaults"\n\n{table}'
     )
 
 
