@@ -24,7 +24,7 @@ SYMBOLS = (
 SEEN = (
     "How much answer $i$ changes when the embedding of token $j$ does, by a little: dark is much, over four powers of "
     "ten, and white is not at all. Measured at this build, in a tiny model of this row with random weights: white is "
-    "out of reach, whatever is learned; of rows that choose by content, in this text."
+    "out of reach, whatever is learned (in rows that choose by content, it is so in this text)."
 )
 
 
