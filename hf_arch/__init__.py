@@ -17,6 +17,7 @@ from hf_arch.question_answering import QuestionAnsweringPipeline, answer_feature
 from hf_arch.registration import register, register_pipeline
 from hf_arch.states import fork, load_state, save_state
 from hf_arch.upcycle import upcycle
+from hf_arch.uptrain import uptrain
 
 register()
 register_pipeline()
@@ -25,6 +26,9 @@ register_targets()
 LATER = {  # transformers' Trainer and collators take seconds to import
     "ContrastiveCollator": "collators",
     "ContrastiveTrainer": "contrastive",
+    "MixerTrainer": "mixer_fitting",
+    "NearDuplicates": "corpus.duplicates",
+    "NoisyCollator": "corpus.noise",
     "PrefixLMCollator": "collators",
     "RoutingCallback": "routing",
     "RoutingStatistics": "routing",
@@ -32,10 +36,12 @@ LATER = {  # transformers' Trainer and collators take seconds to import
     "contrastive_loss": "contrastive",
     "embed": "contrastive",
     "recall_at": "contrastive",
+    "SeededCollator": "collators",
     "Segments": "streams",
     "SentenceMaskCollator": "segment_collators",
     "StatefulTrainer": "streams",
     "describe": "description",
+    "load_word_vectors": "word_vectors",
     "WholeWordMaskCollator": "collators",
     "routing_statistics": "routing",
 }
@@ -52,11 +58,15 @@ __all__ = [
     "Architecture",
     "ContrastiveCollator",
     "ContrastiveTrainer",
+    "MixerTrainer",
     "MultiTaskModel",
+    "NearDuplicates",
+    "NoisyCollator",
     "PrefixLMCollator",
     "QuestionAnsweringPipeline",
     "RoutingCallback",
     "RoutingStatistics",
+    "SeededCollator",
     "Segments",
     "SentenceMaskCollator",
     "SpanCorruptionCollator",
@@ -74,6 +84,7 @@ __all__ = [
     "find",
     "fork",
     "load_state",
+    "load_word_vectors",
     "lora_config",
     "parallel_windows",
     "parameter_groups",
@@ -84,5 +95,6 @@ __all__ = [
     "save_state",
     "share_weights",
     "upcycle",
+    "uptrain",
     "window_cache",
 ]
