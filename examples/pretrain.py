@@ -49,7 +49,7 @@ from hf_arch.sharding import check_sharding, sharded
 
 SOME_TEXTS, SOME_TOKENS = 20_000, 5_000_000  # of a stream, for the tokenizer and for the n-gram models
 MOST_HELD_OUT = 500  # documents
-DEFAULTS = {"max_steps": 700, "per_device_train_batch_size": 8, "learning_rate": 5e-3, "lr_scheduler_type": "cosine"}
+DEFAULTS = {"max_steps": 400, "per_device_train_batch_size": 8, "learning_rate": 5e-3, "lr_scheduler_type": "cosine"}
 DEFAULTS |= {"warmup_steps": 25, "weight_decay": 0.1, "adam_beta2": 0.95, "save_steps": 250, "logging_steps": 50}
 DEFAULTS |= {"report_to": "none", "disable_tqdm": "true", "ddp_find_unused_parameters": "false"}
 
