@@ -49,7 +49,7 @@ from hf_arch.sharding import check_sharding, sharded
 
 SOME_TEXTS, SOME_TOKENS = 20_000, 5_000_000  # of a stream, for the tokenizer and for the n-gram models
 MOST_HELD_OUT = 500  # documents
-DEFAULTS = {"max_steps": 500, "per_device_train_batch_size": 8, "learning_rate": 3e-3, "lr_scheduler_type": "cosine"}
+DEFAULTS = {"max_steps": 400, "per_device_train_batch_size": 8, "learning_rate": 5e-3, "lr_scheduler_type": "cosine"}
 DEFAULTS |= {"warmup_steps": 25, "weight_decay": 0.1, "adam_beta2": 0.95, "save_steps": 250, "logging_steps": 50}
 DEFAULTS |= {"report_to": "none", "disable_tqdm": "true", "ddp_find_unused_parameters": "false"}
 
@@ -66,7 +66,7 @@ def read_options(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--length", type=int, default=128, help="tokens of a row")
     parser.add_argument("--hidden-size", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, help="2, and 4 where segments are foretold")
     parser.add_argument("--fields", type=json.loads, default={}, metavar="JSON")
     parser.add_argument(
         "--duplicates", type=float, default=0.8, help="how like documents are that are one; 0: keep all"
@@ -134,7 +134,10 @@ def make_tokenizer(options: argparse.Namespace, texts: Iterator[str], state: Par
 
 def make_model(options: argparse.Namespace, task: Objective, state: PartialState):
     sizes = {"hidden_size": options.hidden_size, "intermediate_size": 4 * options.hidden_size}
-    sizes |= {"num_attention_heads": max(options.hidden_size // 32, 1), "num_hidden_layers": options.layers}
+    sizes |= {
+        "num_attention_heads": max(options.hidden_size // 32, 1),
+        "num_hidden_layers": options.layers or task.layers,
+    }
     model = task.row.load(task.head)(task.config(**(sizes | options.fields)))
     if options.word_vectors:
         state.print(hf_arch.load_word_vectors(model, task.tokenizer, options.word_vectors))

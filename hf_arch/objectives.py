@@ -40,6 +40,7 @@ class Objective:
 
     heads: ClassVar[tuple[str, ...]] = ()
     ways: ClassVar[tuple[str, ...]] = WAYS  # in which `NoisyCollator` may touch a batch
+    layers: ClassVar[int] = 2  # of a small model
     answers_apart: ClassVar[bool] = False  # whether the labels are a text of their own, beside the input
 
     def __init__(self, row: Architecture, tokenizer: PreTrainedTokenizerBase, length: int):
@@ -203,6 +204,7 @@ class Prefix(OfPieces):
 class Hierarchical(Masked):
     heads = ("ForPreTraining",)
     ways = ("replace",)
+    layers = 4  # the fourth of HAT reads across segments
 
     def make_collator(self):
         return SentenceMaskCollator(self.processor)
