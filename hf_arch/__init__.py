@@ -10,10 +10,11 @@ from hf_arch.convert import convert
 from hf_arch.distill import distill
 from hf_arch.export import export, push_to_hub
 from hf_arch.groups import parameter_groups
+from hf_arch.inverse_cloze import inverse_cloze
 from hf_arch.lora import lora_config, register_targets
 from hf_arch.parallel_windows import parallel_windows
 from hf_arch.registration import register
-from hf_arch.states import fork, load_state, save_state
+from hf_arch.states import fork, load_state, save_state, state_bytes
 from hf_arch.upcycle import upcycle
 
 register()
@@ -27,8 +28,13 @@ LATER = {  # transformers' Trainer and collators take seconds to import
     "RoutingStatistics": "routing",
     "SpanCorruptionCollator": "collators",
     "contrastive_loss": "contrastive",
+    "draw_ranks": "ranking_picture",
     "embed": "contrastive",
-    "recall_at": "contrastive",
+    "hard_negatives": "ranking",
+    "mean_reciprocal_rank": "ranking",
+    "ranks": "ranking",
+    "recall_at": "ranking",
+    "sentence_transformer": "searcher",
     "Segments": "streams",
     "SentenceMaskCollator": "segment_collators",
     "StatefulTrainer": "streams",
@@ -62,19 +68,26 @@ __all__ = [
     "convert",
     "describe",
     "distill",
+    "draw_ranks",
     "embed",
     "export",
     "find",
     "fork",
+    "hard_negatives",
+    "inverse_cloze",
     "load_state",
     "lora_config",
+    "mean_reciprocal_rank",
     "parallel_windows",
     "parameter_groups",
     "push_to_hub",
+    "ranks",
     "recall_at",
     "register_attention",
     "routing_statistics",
     "save_state",
+    "sentence_transformer",
+    "state_bytes",
     "upcycle",
     "window_cache",
 ]
