@@ -47,15 +47,6 @@ def by_position(model: PreTrainedModel, stream: Stream, longest: int, windows: i
     return measure(Reader(model, PIECE), text, [longest], windows)[0]
 
 
-@torch.no_grad()
-def resident(model: PreTrainedModel, text: torch.Tensor) -> int:
-    """What a model holds of a text, in bytes."""
-    cache = None
-    for piece in text.split(PIECE, dim=1):
-        cache = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
-    return hf_arch.state_bytes(cache)
-
-
 def go_on(model: PreTrainedModel, text: torch.Tensor, state, count: int):
     """`text` [1, length] with `count` more tokens, and the state after them."""
     told = {"max_new_tokens": count, "do_sample": True, "temperature": 0.8, "top_p": 0.95, "pad_token_id": 0}
@@ -111,8 +102,9 @@ def main(architecture: str, files: list[str], folder: Path, longest: int, new_to
     prompt = torch.from_numpy(corpus.held_out.tokens[None, :8])
     text, held, ends = write(model, prompt, new_tokens, folder / "story.state")
     for tokens in (PIECE, text.shape[1]):
-        sizes = (f"{resident(each, text[:, :tokens]) / 1024:8.0f} KiB held by {name}" for name, each in models.items())
-        print(f"of {tokens:5} tokens:", *sizes)
+        caches = (Reader(each, PIECE).memory(text[:, :tokens]) for each in models.values())
+        sizes = (f"{hf_arch.state_bytes(cache) / 1024:.0f} KiB" for cache in caches)
+        print(f"of {tokens:5} tokens:", *(f"{size} held by {name}" for size, name in zip(sizes, models, strict=True)))
     print(f"{text.shape[1]} tokens of a story; its state took {min(held):,} to {max(held):,} bytes. It ends")
     print(f"  ... {tokenizer.decode(text[0, -40:])!r}\nand went on, from the file of its state, twice:")
     print(*(f"  {tokenizer.decode(end)!r}" for end in ends), f"Written to {folder}/", sep="\n")

@@ -32,8 +32,8 @@ def inverse_cloze(texts: Iterable[str], characters: int = 400, seed: int = 0) ->
         if heading:
             train.append({"query": heading, "positive": " ".join(rest)} | number)
         for sentence in told:
-            if sentence != asked:
-                others = [other for other in rest if other != sentence]
+            others = [other for other in rest if other != sentence]
+            if sentence != asked and others:
                 train.append({"query": sentence, "positive": " ".join(title + others)} | number)
     if len(held_out) < 2:
         raise ValueError(f"There are {len(held_out)} passages with two sentences: give more text, or longer passages.")
