@@ -51,20 +51,12 @@ def build(architecture: str, texts: list[str]):
     return row.load(head)(row.load("Config")(**fields)), tokenizer
 
 
-@torch.no_grad()
-def vectors(model, tokenizer, texts: list[str]) -> torch.Tensor:
-    """What the model makes of each text: [texts, size]."""
-    told = {"padding": True, "truncation": True, "return_tensors": "pt"}
-    parts = (tokenizer(texts[start : start + 64], **told) for start in range(0, len(texts), 64))
-    return torch.cat([hf_arch.embed(model.eval(), part) for part in parts])
-
-
 def columns(pairs: list[Pair]) -> tuple[list[str], list[str]]:
     return tuple([pair[name] for pair in pairs] for name in ("query", "positive"))
 
 
 def found_by(model, tokenizer, pairs: list[Pair]) -> Vectors:
-    return tuple(vectors(model, tokenizer, texts) for texts in columns(pairs))
+    return tuple(hf_arch.embed_texts(model, tokenizer, texts) for texts in columns(pairs))
 
 
 def arguments(folder: str, **options) -> dict:
@@ -96,8 +88,8 @@ def train_elsewhere(model, tokenizer, triplets: list[Pair], folder: str, **optio
 
 def with_hard_negatives(model, tokenizer, pairs: list[Pair], passages: list[str]) -> list[Pair]:
     """To each pair, the passage that the model takes for the right one."""
-    queries, documents = (vectors(model, tokenizer, texts) for texts in (columns(pairs)[0], passages))
-    found = hf_arch.hard_negatives(queries, documents, own=torch.tensor([pair["passage"] for pair in pairs]))
+    queries, documents = (hf_arch.embed_texts(model, tokenizer, each) for each in (columns(pairs)[0], passages))
+    found = hf_arch.hard_negatives(queries, documents, own=[pair["passage"] for pair in pairs])
     return [pair | {"negative": passages[place]} for pair, place in zip(pairs, found[:, 0].tolist(), strict=True)]
 
 
@@ -125,7 +117,7 @@ def learned(architecture: str, texts: list[str], epochs: float = 2, **options):
 
     def of_both(texts: list[str]) -> torch.Tensor:
         """Vectors whose products are those of words and half those of the model."""
-        return torch.cat((of_words(texts), vectors(harder, tokenizer, texts) / 2**0.5), dim=1)
+        return torch.cat((of_words(texts), hf_arch.embed_texts(harder, tokenizer, texts) / 2**0.5), dim=1)
 
     found["TF-IDF"], found["both"] = (tuple(map(read, columns(held_out))) for read in (of_words, of_both))
     return found, held_out, of_both

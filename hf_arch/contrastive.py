@@ -59,6 +59,26 @@ def embed(model: nn.Module, inputs: dict[str, torch.Tensor], pooling: str | None
     return F.normalize(POOLINGS[how](model(**inputs), inputs["attention_mask"].bool()), dim=-1)
 
 
+@torch.no_grad()
+def embed_texts(
+    model: nn.Module, tokenizer, texts: Sequence[str], pooling: str | None = None, batch_size: int = 64
+) -> torch.Tensor:
+    """The vectors of texts, or of whatever else the processor reads, in evaluation: [texts, size].
+
+    tokenizer: a tokenizer or a processor, at whose longest length texts are cut; pooling as in `embed`.
+    """
+    if isinstance(texts, str) or not len(texts):
+        raise ValueError("Give at least one text, in a list.")
+    was_training, found = model.training, []
+    model.eval()
+    for start in range(0, len(texts), batch_size):
+        part = list(texts[start : start + batch_size])
+        told = tokenizer(part, padding=True, truncation=True, return_tensors="pt").to(model.device)
+        found.append(embed(model, {name: x for name, x in told.items() if name != "token_type_ids"}, pooling))
+    model.train(was_training)
+    return torch.cat(found)
+
+
 def contrastive_loss(queries: torch.Tensor, candidates: torch.Tensor, temperature: float = 0.05) -> torch.Tensor:
     """mean_i -log softmax_j(q_i . c_j / temperature)_i: InfoNCE with the other candidates of the batch as negatives
     (van den Oord et al., 2018, arXiv:1807.03748, equation 4).

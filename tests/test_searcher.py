@@ -13,7 +13,7 @@ from test_contrastive import HARD, PAIRS
 from test_hat_processor import tokenizer  # noqa: F401
 from torch.testing import assert_close
 
-from hf_arch import embed, find, recall_at, sentence_transformer
+from hf_arch import embed_texts, find, recall_at, sentence_transformer
 
 TEXTS = ["a b c. d e", "f g", "h"]
 
@@ -32,11 +32,13 @@ def test_vectors_are_the_same(name, pooling, processor, tokenizer, tmp_path):  #
     row = find(name)
     reader = processor if row.processor else tokenizer
     model = row.load("Model")(row.tiny_config(initializer_range=0.3)).eval()
-    expected = embed(model, reader(TEXTS, padding=True, return_tensors="pt"), pooling)
+    expected = embed_texts(model, reader, TEXTS, pooling, batch_size=2)
     made = sentence_transformer(model, reader, tmp_path / "searcher", pooling)
     for searcher in (made, SentenceTransformer(str(tmp_path / "searcher"))):
         assert_close(searcher.encode(TEXTS, convert_to_tensor=True), expected)
     assert [path.name for path in tmp_path.iterdir()] == ["searcher"]
+    with pytest.raises(ValueError, match="at least one text, in a list"):
+        embed_texts(model, reader, "a b c")
 
 
 def test_what_cannot_be_one(tokenizer, tmp_path, monkeypatch):  # noqa: F811
