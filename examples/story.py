@@ -115,7 +115,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[2])
     parser.add_argument("--architecture", default="retnet", help="any row with a bounded state")
     parser.add_argument("--text", nargs="+", default=[], metavar="FILE")
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--longest", type=int, default=LONGEST, help="how far held-out text is read, in tokens")
     parser.add_argument("--new-tokens", type=int, default=2048)
     parser.add_argument("--output", type=Path, default=Path("hf_arch_story"))

@@ -22,7 +22,8 @@ def draw_ranks(
     `maps` the vectors in two dimensions.
 
     found: by name, (queries [n, size], documents [n or more, size]), the document of a query in the same place. In a
-    map (the first two principal components of both, together) each query is joined to its document. Example:
+    map each query is joined to its document: the first two principal components of both, each about its own mean, since
+    short queries and long documents lie apart as a whole. Example:
 
         draw_ranks({"before": before, "after": after}, "search.png", maps=("before", "after"))
     """
@@ -33,7 +34,7 @@ def draw_ranks(
     for name, (queries, documents) in found.items():
         draw_recall(first, name, ranks(queries, documents), len(documents))
     first.set(xscale="log", ylim=(0, 1), xlabel="k", title="recall at k")
-    first.legend(frameon=False, fontsize=8)
+    first.legend(frameon=False, fontsize=8, loc="upper left")
     first.spines[["top", "right"]].set_visible(False)
     for axes, name in zip(others, maps, strict=True):
         draw_map(axes, *found[name])
@@ -49,12 +50,11 @@ def draw_recall(axes: Axes, name: str, of_queries: torch.Tensor, most: int) -> N
 
 def draw_map(axes: Axes, queries: torch.Tensor, documents: torch.Tensor) -> None:
     count = min(SHOWN, len(queries))
-    both = torch.cat((queries[:count], documents[: len(queries)][:count])).float()
-    centred = both - both.mean(0)
+    centred = torch.cat([each[:count].float() - each[:count].float().mean(0) for each in (queries, documents)])
     plane = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T
     ends = plane.unflatten(0, (2, count)).transpose(0, 1)
     axes.add_collection(LineCollection(ends.numpy(), colors=LINE, linewidths=0.8))
     for place, color, label in ((0, QUERY, "queries"), (1, DOCUMENT, "their documents")):
         axes.scatter(*ends[:, place].T, s=14, color=color, label=label, zorder=2)
     axes.set(xticks=[], yticks=[])
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
