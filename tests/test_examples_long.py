@@ -31,25 +31,27 @@ def test_a_story_is_written_from_a_state_that_does_not_grow(files, tmp_path, mon
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"loss_by_position.png", "story.state"}
 
 
-def test_notes_are_told_and_asked(files, monkeypatch):
+@pytest.mark.parametrize("near", [True, False])
+def test_notes_are_told_and_asked(near):
     corpus = long_reading.split("the manual", python_manual()[:40])
     tokenizer = long_reading.train_tokenizer(corpus.train, 600)
-    texts = long_reading.Notes(long_reading.Stream.of(corpus.held_out, tokenizer), tokenizer, 256, 8, seed=0)
+    tokenizer.add_tokens(long_reading.MARK, special_tokens=True)
+    texts = long_reading.Notes(long_reading.Stream.of(corpus.held_out, tokenizer), tokenizer, 256, 60, near)
+    distances = []
     for text in texts:
-        said = tokenizer.decode(text["input_ids"])
-        assert len(text["input_ids"]) == len(text["labels"]) == 256 and said.count("Remember:") >= 8
-        answers = [(place, token) for place, token in enumerate(text["labels"]) if token != -100]
-        assert len(answers) == 4 and all(text["input_ids"][place] == token for place, token in answers)
-        for place, _ in answers:
-            note = tokenizer.decode(text["input_ids"][place - 3 : place + 1])
-            assert said.count(note) >= 2, note  # it stands in the text, and is asked
+        tokens, labels = text["input_ids"], text["labels"]
+        assert len(tokens) == len(labels) == 256 and labels == [-100] * 253 + tokens[-3:]
+        mark = tokens.index(texts.mark)
+        assert tokens[mark : mark + 4] == tokens[-4:] and tokens.count(texts.mark) == 2
+        distances.append(252 - mark - 4)
+    assert (sorted(distances)[30] < 40) == near and max(distances) > 100 and min(distances) >= 0
     assert texts[3] == texts[3] and texts[3] != texts[4]
 
 
 def test_long_reading(files, monkeypatch, capsys):
     monkeypatch.setattr(long_reading, "SIZES", long_reading.SIZES | TINY | {"vocab_size": 600})
     monkeypatch.setattr(long_reading, "TEXTS", 2)
-    found = long_reading.main(files, (192, 1024), **SHORT)
+    found = long_reading.main(files, (128, 1024), **SHORT)
     assert list(found) == list(long_reading.READERS)
     held = {name: [size for _, size in of_lengths] for name, of_lengths in found.items()}
     assert held["recurrent"][0] == held["recurrent"][1] and held["window"][0] == held["window"][1]
