@@ -1,15 +1,14 @@
 """Which documents are near a query: measures of a search, and the wrong documents that it is taken in by."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
 ROWS = 1024  # queries whose scores are made at once
+Places = torch.Tensor | Sequence[int] | None
 
 
-def scored(
-    queries: torch.Tensor, documents: torch.Tensor, own: torch.Tensor | None
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def scored(queries: torch.Tensor, documents: torch.Tensor, own: Places) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Of some queries at a time, the scores of all documents [rows, documents], and those of their own [rows, 1]."""
     own = torch.arange(len(queries)) if own is None else torch.as_tensor(own)
     if queries.shape[1:] != documents.shape[1:] or len(own) != len(queries):
@@ -24,7 +23,7 @@ def scored(
         yield scores, scores.gather(1, places[:, None])
 
 
-def ranks(queries: torch.Tensor, documents: torch.Tensor, own: torch.Tensor | None = None) -> torch.Tensor:
+def ranks(queries: torch.Tensor, documents: torch.Tensor, own: Places = None) -> torch.Tensor:
     """The place, from 1, of each query's own document among all, the nearest first: [queries].
 
     queries [queries, size], documents [documents, size]; own [queries]: the number of each query's document, by default
@@ -34,12 +33,12 @@ def ranks(queries: torch.Tensor, documents: torch.Tensor, own: torch.Tensor | No
     return torch.cat(found)
 
 
-def recall_at(queries: torch.Tensor, documents: torch.Tensor, k: int = 1, own: torch.Tensor | None = None) -> float:
+def recall_at(queries: torch.Tensor, documents: torch.Tensor, k: int = 1, own: Places = None) -> float:
     """The share of queries whose own document is among the k nearest; arguments as of `ranks`."""
     return float((ranks(queries, documents, own) <= k).float().mean())
 
 
-def mean_reciprocal_rank(queries: torch.Tensor, documents: torch.Tensor, own: torch.Tensor | None = None) -> float:
+def mean_reciprocal_rank(queries: torch.Tensor, documents: torch.Tensor, own: Places = None) -> float:
     """The mean of 1 / rank, which is 1 where each query finds its own document first; arguments as of `ranks`."""
     return float((1 / ranks(queries, documents, own)).mean())
 
@@ -47,7 +46,7 @@ def mean_reciprocal_rank(queries: torch.Tensor, documents: torch.Tensor, own: to
 def hard_negatives(
     queries: torch.Tensor,
     documents: torch.Tensor,
-    own: torch.Tensor | None = None,
+    own: Places = None,
     count: int = 1,
     margin: float = 0.05,
 ) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """A model of ours as one of sentence-transformers, which gives the same vectors: for its trainers, its losses, and the
 vector stores that take such models."""
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,9 @@ def sentence_transformer(
             f"sentence-transformers reads texts by what AutoModel loads, which is no {type(model).__name__}: take a "
             "bare decoder or encoder."
         )
+    if isinstance(tokenizer, PreTrainedTokenizerBase):  # saved with a processor once, it would name that from then on
+        tokenizer = copy.copy(tokenizer)
+        tokenizer._set_processor_class(None)
     with staged(folder) as stage:
         model.save_pretrained(stage)
         tokenizer.save_pretrained(stage)
