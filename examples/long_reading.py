@@ -2,9 +2,9 @@
 
 Somewhere in a stretch of Python's manual, or of your files, stands a note: a mark, and three words. (The notes are
 generated, of words of the text, and put in at random places.) At the end stands the mark again: which were the words?
-Models learn this from texts of 128 tokens, in which the note is often near the end, and are asked after ever longer
-ones, read in pieces through the cache: one that looks up the blocks of the text that suit its question, of a memory
-that grows; a recurrent one, whose memory does not; and one that sees a window and no more.
+Models learn this from texts of 256 tokens, in which a note comes again and again, and are asked after ever longer ones,
+read in pieces through the cache: one of a recurrence and full attention, whose memory grows with the text; one of
+recurrences alone, whose memory does not; and one that sees a window and no more.
 """
 
 import argparse
@@ -21,24 +21,22 @@ from hf_arch.demo.tokens import Stream, train_tokenizer
 from hf_arch.evaluate.reading import Reader
 
 SIZES = {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-SIZES |= {"num_attention_heads": 2, "max_position_embeddings": 32768}
-WINDOW = {"position_type": "rope", "sliding_window": 32}
-LOOKS_UP = {"layer_types": ["sliding_attention", "retrieval_attention"], "retrieval_block_size": 16}
+SIZES |= {"num_attention_heads": 2, "max_position_embeddings": 32768, "initializer_range": 0.1}
 READERS = {
-    "looks up": ("sparse_transformer", WINDOW | LOOKS_UP | {"retrieved_blocks": 4}),
-    "recurrent": ("ssd", {"state_size": 64}),
-    "window": ("sparse_transformer", WINDOW | {"layer_types": ["sliding_attention"] * 2}),
+    "recurrence and attention": ("hybrid", {"layer_types": ["ssd", "full_attention"], "position_type": "none"}),
+    "recurrences": ("ssd", {"state_size": 64}),
+    "window": ("transformer", {"layer_types": ["sliding_attention"] * 2, "sliding_window": 32}),
 }
-MARK, WORDS, LENGTH, PIECE = "<note>", 3, 128, 1024  # tokens: of a note, of a text to learn from, that are read at once
-LENGTHS, TEXTS = (128, 1024, 4096, 32768), 12  # that are asked about, and of each how many
+MARK, WORDS, LENGTH, PIECE = "<note>", 3, 256, 1024  # tokens: of a note, of a text to learn from, that are read at once
+LENGTHS, TEXTS = (256, 1024, 4096, 32768), 12  # that are asked about, and of each how many
 
 
 class Notes(Dataset):
-    """Texts of `length` tokens: a stretch of `stream` with a note in it, and the note again, whose words are asked. The
-    note stands anywhere, or, where it is `near`, at any order of magnitude of a distance as often as at another."""
+    """Texts of `length` tokens: a stretch of `stream` with a note in it, and the note again at the end, whose words are
+    asked; or `repeated`, to learn from, with the note wherever it fits, and asked each time but the first."""
 
-    def __init__(self, stream: Stream, tokenizer: PreTrainedTokenizerBase, length: int, count: int, near: bool = False):
-        self.length, self.count, self.near = length, count, near
+    def __init__(self, stream: Stream, tokenizer: PreTrainedTokenizerBase, length: int, count: int, repeated: bool):
+        self.length, self.count, self.repeated = length, count, repeated
         self.text = stream.tokens.tolist()
         self.text *= -(-length // len(self.text)) + 1  # a shorter one is read again
         self.mark = tokenizer.convert_tokens_to_ids(MARK)
@@ -48,17 +46,30 @@ class Notes(Dataset):
     def __len__(self) -> int:
         return self.count
 
+    def distances(self, draw: random.Random) -> list[int]:
+        """How many tokens of text stand before each note."""
+        size, rest = WORDS + 1, self.length - 2 * (WORDS + 1)
+        if not self.repeated:
+            first = draw.randrange(rest + 1)
+            return [first, rest - first]
+        found, room = [], self.length - size
+        while (near := int((rest + 1) ** draw.random()) - 1) + size <= room:  # any order of magnitude as often
+            found.append(near)
+            room -= near + size
+        return [room, *found]
+
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         if not 0 <= index < self.count:
             raise IndexError(index)
-        draw = random.Random(f"{self.near} {index}")
+        draw = random.Random(f"{self.repeated} {index}")
         words = draw.choices(self.words, k=WORDS)
-        note, room = [self.mark, *words], self.length - 2 * (WORDS + 1)
-        start = draw.randrange(len(self.text) - room)
-        text = self.text[start : start + room]
-        distance = int((room + 1) ** draw.random()) - 1 if self.near else draw.randrange(room + 1)
-        tokens = text[: room - distance] + note + text[room - distance :] + note
-        return {"input_ids": tokens, "labels": [-100] * (self.length - WORDS) + words}
+        place = draw.randrange(len(self.text) - self.length)
+        tokens, labels = [], []
+        for number, distance in enumerate(self.distances(draw)):
+            tokens += [*self.text[place : place + distance], self.mark, *words]
+            labels += [-100] * (distance + 1) + (words if number else [-100] * WORDS)
+            place += distance
+        return {"input_ids": tokens, "labels": labels}
 
 
 def learned(name: str, texts: Notes, folder: str, **options) -> PreTrainedModel:
@@ -67,7 +78,7 @@ def learned(name: str, texts: Notes, folder: str, **options) -> PreTrainedModel:
     config = hf_arch.find(row).load("Config")(**SIZES | fields, bos_token_id=None, eos_token_id=None)
     model = hf_arch.find(row).load("ForCausalLM")(config)
     told = {"learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 50, "logging_steps": 100}
-    told |= {"per_device_train_batch_size": 16, "weight_decay": 0.0, "save_strategy": "no", "report_to": []}
+    told |= {"per_device_train_batch_size": 8, "weight_decay": 0.0, "save_strategy": "no", "report_to": []}
     Trainer(model, TrainingArguments(folder, **told | options), train_dataset=texts).train()
     return model.eval()
 
@@ -85,16 +96,16 @@ def main(files: list[str], lengths: tuple[int, ...] = LENGTHS, **options):
     tokenizer = train_tokenizer(corpus.train, SIZES["vocab_size"] - 1)
     tokenizer.add_tokens(MARK, special_tokens=True)
     train, held_out = (Stream.of(part, tokenizer) for part in (corpus.train, corpus.held_out))
-    tests = [Notes(held_out, tokenizer, length, TEXTS) for length in lengths]
+    tests = [Notes(held_out, tokenizer, length, TEXTS, repeated=False) for length in lengths]
     found = {}
     with TemporaryDirectory() as folder:
         for name in READERS:
-            model = learned(name, Notes(train, tokenizer, LENGTH, 10**6, near=True), folder, **options)
+            model = learned(name, Notes(train, tokenizer, LENGTH, 10**6, repeated=True), folder, **options)
             found[name] = [answered(model, texts) for texts in tests]
-    print(f"{'right words after':20}", *(f"{length:>13,} tokens" for length in lengths))
+    print(f"{'right words after':26}", *(f"{length:>13,} tokens" for length in lengths))
     for name, of_lengths in found.items():
-        print(f"{name:20}", *(f"{share:7.0%} {held / 1024:8.0f} KiB" for share, held in of_lengths))
-    print(f"{'guessing':20} {1 / len(tests[0].words):7.0%}. KiB are what is held of the text.")
+        print(f"{name:26}", *(f"{share:7.0%} {held / 1024:8.0f} KiB" for share, held in of_lengths))
+    print(f"{'guessing':26} {1 / len(tests[0].words):7.0%}. KiB are what is held of the text.")
     return found
 
 

@@ -23,7 +23,7 @@ from hf_arch.evaluate.reading import Reader
 from hf_arch.publish import staged_file
 
 SIZES = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
-SIZES |= {"num_attention_heads": 4, "hidden_dropout": 0.1}
+SIZES |= {"num_attention_heads": 4, "hidden_dropout": 0.1, "max_position_embeddings": 32768}
 LENGTH, LONGEST, PIECE = 128, 4096, 256  # tokens: of training, of reading; that are read, and written, at once
 Curves = dict[str, list[AtPositions]]
 
@@ -32,7 +32,7 @@ def learned(architecture: str, corpus: TokenizedCorpus, end: int, folder: Path, 
     """A model of windows of LENGTH tokens."""
     torch.manual_seed(0)
     row = hf_arch.find(architecture)
-    told = {"bos_token_id": end, "eos_token_id": end, "max_position_embeddings": LENGTH}
+    told = {"bos_token_id": end, "eos_token_id": end}
     model = row.load("ForCausalLM")(row.load("Config")(**SIZES, **told, **row.head_fields.get("ForCausalLM", {})))
     told = {"learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 25, "save_strategy": "no"}
     told |= {"per_device_train_batch_size": 8, "logging_steps": 100, "report_to": []}

@@ -31,31 +31,35 @@ def test_a_story_is_written_from_a_state_that_does_not_grow(files, tmp_path, mon
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"loss_by_position.png", "story.state"}
 
 
-@pytest.mark.parametrize("near", [True, False])
-def test_notes_are_told_and_asked(near):
+@pytest.mark.parametrize("repeated", [True, False])
+def test_notes_are_told_and_asked(repeated):
     corpus = long_reading.split("the manual", python_manual()[:40])
     tokenizer = long_reading.train_tokenizer(corpus.train, 600)
     tokenizer.add_tokens(long_reading.MARK, special_tokens=True)
-    texts = long_reading.Notes(long_reading.Stream.of(corpus.held_out, tokenizer), tokenizer, 256, 60, near)
-    distances = []
+    stream = long_reading.Stream.of(corpus.held_out, tokenizer)
+    texts, distances = long_reading.Notes(stream, tokenizer, 256, 60, repeated), []
     for text in texts:
         tokens, labels = text["input_ids"], text["labels"]
-        assert len(tokens) == len(labels) == 256 and labels == [-100] * 253 + tokens[-3:]
-        mark = tokens.index(texts.mark)
-        assert tokens[mark : mark + 4] == tokens[-4:] and tokens.count(texts.mark) == 2
-        distances.append(252 - mark - 4)
-    assert (sorted(distances)[30] < 40) == near and max(distances) > 100 and min(distances) >= 0
+        assert len(tokens) == len(labels) == 256
+        marks = [place for place, token in enumerate(tokens) if token == texts.mark]
+        assert marks[-1] == 252 and (len(marks) > 2 or not repeated)
+        words = tokens[-3:]
+        assert all(tokens[mark + 1 : mark + 4] == words for mark in marks)
+        asked = [place for place, label in enumerate(labels) if label != -100]
+        assert asked == [mark + n for mark in marks[1:] for n in (1, 2, 3)] and labels[-3:] == words
+        distances.append(marks[-1] - marks[-2])
+    assert (sorted(distances)[30] < 60) == repeated and max(distances) > 100 and min(distances) >= 4
     assert texts[3] == texts[3] and texts[3] != texts[4]
 
 
 def test_long_reading(files, monkeypatch, capsys):
     monkeypatch.setattr(long_reading, "SIZES", long_reading.SIZES | TINY | {"vocab_size": 600})
     monkeypatch.setattr(long_reading, "TEXTS", 2)
-    found = long_reading.main(files, (128, 1024), **SHORT)
+    found = long_reading.main(files, (256, 1024), **SHORT)
     assert list(found) == list(long_reading.READERS)
     held = {name: [size for _, size in of_lengths] for name, of_lengths in found.items()}
-    assert held["recurrent"][0] == held["recurrent"][1] and held["window"][0] == held["window"][1]
-    assert held["looks up"][1] > 2 * held["looks up"][0]
+    assert held["recurrences"][0] == held["recurrences"][1] and held["window"][0] == held["window"][1]
+    assert held["recurrence and attention"][1] > 2 * held["recurrence and attention"][0]
     assert all(0 <= share <= 1 for of_lengths in found.values() for share, _ in of_lengths)
     assert "guessing" in capsys.readouterr().out
 
