@@ -2,9 +2,9 @@
 
 Somewhere in a stretch of Python's manual, or of your files, stands a note: a mark, and three words. (The notes are
 generated, of words of the text, and put in at random places.) At the end stands the mark again: which were the words?
-Models learn this from texts of 256 tokens, in which a note comes again and again, and are asked after ever longer ones,
+Models learn this from texts of 64 tokens, in which a note comes again and again, and are asked after ever longer ones,
 read in pieces through the cache: one of a recurrence and full attention, whose memory grows with the text; one of
-recurrences alone, whose memory does not; and one that sees a window and no more.
+recurrences alone, whose memory does not. Beside them: the same when they see the end of the text and no more.
 """
 
 import argparse
@@ -25,10 +25,10 @@ SIZES |= {"num_attention_heads": 2, "max_position_embeddings": 32768, "initializ
 READERS = {
     "recurrence and attention": ("hybrid", {"layer_types": ["ssd", "full_attention"], "position_type": "none"}),
     "recurrences": ("ssd", {"state_size": 64}),
-    "window": ("transformer", {"layer_types": ["sliding_attention"] * 2, "sliding_window": 32}),
 }
-MARK, WORDS, LENGTH, PIECE = "<note>", 3, 256, 1024  # tokens: of a note, of a text to learn from, that are read at once
-LENGTHS, TEXTS = (256, 1024, 4096, 32768), 12  # that are asked about, and of each how many
+MARK, WORDS, LENGTH, PIECE = "<note>", 3, 64, 1024  # tokens: of a note, of a text to learn from, that are read at once
+KINDS = 16  # of words that notes are made of
+LENGTHS, TEXTS = (64, 1024, 4096, 32768), 12  # that are asked about, and of each how many
 
 
 class Notes(Dataset):
@@ -41,7 +41,7 @@ class Notes(Dataset):
         self.text *= -(-length // len(self.text)) + 1  # a shorter one is read again
         self.mark = tokenizer.convert_tokens_to_ids(MARK)
         spelt = sorted((token, word) for word, token in tokenizer.get_vocab().items())
-        self.words = [token for token, word in spelt if word[0] == "Ġ" and word[1:].isalpha()][:64]
+        self.words = [token for token, word in spelt if word[0] == "Ġ" and word[1:].isalpha()][:KINDS]
 
     def __len__(self) -> int:
         return self.count
@@ -77,20 +77,22 @@ def learned(name: str, texts: Notes, folder: str, **options) -> PreTrainedModel:
     row, fields = READERS[name]
     config = hf_arch.find(row).load("Config")(**SIZES | fields, bos_token_id=None, eos_token_id=None)
     model = hf_arch.find(row).load("ForCausalLM")(config)
-    told = {"learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 50, "logging_steps": 100}
-    told |= {"per_device_train_batch_size": 8, "weight_decay": 0.0, "save_strategy": "no", "report_to": []}
+    told = {"learning_rate": 1e-2, "lr_scheduler_type": "cosine", "warmup_steps": 50, "logging_steps": 100}
+    told |= {"per_device_train_batch_size": 16, "weight_decay": 0.0, "save_strategy": "no", "report_to": []}
     Trainer(model, TrainingArguments(folder, **told | options), train_dataset=texts).train()
     return model.eval()
 
 
-def answered(model: PreTrainedModel, texts: Notes) -> tuple[float, int]:
-    """The share of the words that are right, and the bytes that the model holds of a text."""
-    rows, reader = torch.tensor([text["input_ids"] for text in texts]), Reader(model, PIECE)
+def answered(model: PreTrainedModel, texts: Notes, seen: int | None = None) -> tuple[float, int]:
+    """The share of the words that are right, and the bytes that the model holds of a text, or of the last tokens that
+    are `seen` of it."""
+    rows = torch.tensor([text["input_ids"][-(seen or texts.length) :] for text in texts])
+    reader = Reader(model, PIECE)
     right = reader.read(rows, last=WORDS).right
     return right.float().mean().item(), hf_arch.state_bytes(reader.memory(rows[:1]))
 
 
-def main(files: list[str], lengths: tuple[int, ...] = LENGTHS, **options):
+def main(files: list[str], lengths: tuple[int, ...] = LENGTHS, **options) -> dict[str, list[tuple[float, int]]]:
     """Of each reader the share of right words after texts of each length, and the bytes held of them."""
     corpus = split("your text", read_files(files)) if files else split("the manual", python_manual())
     tokenizer = train_tokenizer(corpus.train, SIZES["vocab_size"] - 1)
@@ -102,10 +104,11 @@ def main(files: list[str], lengths: tuple[int, ...] = LENGTHS, **options):
         for name in READERS:
             model = learned(name, Notes(train, tokenizer, LENGTH, 10**6, repeated=True), folder, **options)
             found[name] = [answered(model, texts) for texts in tests]
-    print(f"{'right words after':26}", *(f"{length:>13,} tokens" for length in lengths))
+            found[f"{name}, the end"] = [answered(model, texts, LENGTH) for texts in tests]
+    print(f"{'right words after':36}", *(f"{length:>13,} tokens" for length in lengths))
     for name, of_lengths in found.items():
-        print(f"{name:26}", *(f"{share:7.0%} {held / 1024:8.0f} KiB" for share, held in of_lengths))
-    print(f"{'guessing':26} {1 / len(tests[0].words):7.0%}. KiB are what is held of the text.")
+        print(f"{name:36}", *(f"{share:7.0%} {held / 1024:8.0f} KiB" for share, held in of_lengths))
+    print(f"{'guessing':36} {1 / len(tests[0].words):7.0%}. KiB are what is held of the text.")
     return found
 
 
@@ -113,6 +116,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[2])
     parser.add_argument("--text", nargs="+", default=[], metavar="FILE")
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="of the texts, in tokens")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
     told = parser.parse_args()
     main(told.text, tuple(told.lengths), max_steps=told.steps)

@@ -42,7 +42,7 @@ def test_notes_are_told_and_asked(repeated):
         tokens, labels = text["input_ids"], text["labels"]
         assert len(tokens) == len(labels) == 256
         marks = [place for place, token in enumerate(tokens) if token == texts.mark]
-        assert marks[-1] == 252 and (len(marks) > 2 or not repeated)
+        assert marks[-1] == 252 and (len(marks) >= 2 if repeated else len(marks) == 2)
         words = tokens[-3:]
         assert all(tokens[mark + 1 : mark + 4] == words for mark in marks)
         asked = [place for place, label in enumerate(labels) if label != -100]
@@ -56,10 +56,11 @@ def test_long_reading(files, monkeypatch, capsys):
     monkeypatch.setattr(long_reading, "SIZES", long_reading.SIZES | TINY | {"vocab_size": 600})
     monkeypatch.setattr(long_reading, "TEXTS", 2)
     found = long_reading.main(files, (256, 1024), **SHORT)
-    assert list(found) == list(long_reading.READERS)
+    assert list(found) == [f"{name}{part}" for name in long_reading.READERS for part in ("", ", the end")]
     held = {name: [size for _, size in of_lengths] for name, of_lengths in found.items()}
-    assert held["recurrences"][0] == held["recurrences"][1] and held["window"][0] == held["window"][1]
+    assert held["recurrences"][0] == held["recurrences"][1]
     assert held["recurrence and attention"][1] > 2 * held["recurrence and attention"][0]
+    assert held["recurrence and attention, the end"] == [held["recurrence and attention"][0]] * 2
     assert all(0 <= share <= 1 for of_lengths in found.values() for share, _ in of_lengths)
     assert "guessing" in capsys.readouterr().out
 
