@@ -12,17 +12,24 @@ from hf_arch.export import export, push_to_hub
 from hf_arch.groups import parameter_groups
 from hf_arch.inverse_cloze import inverse_cloze
 from hf_arch.lora import lora_config, register_targets
+from hf_arch.multitask import MultiTaskModel, TaskBatches, share_weights
 from hf_arch.parallel_windows import parallel_windows
-from hf_arch.registration import register
+from hf_arch.question_answering import QuestionAnsweringPipeline, answer_features
+from hf_arch.registration import register, register_pipeline
 from hf_arch.states import fork, load_state, save_state, state_bytes
 from hf_arch.upcycle import upcycle
+from hf_arch.uptrain import uptrain
 
 register()
+register_pipeline()
 register_targets()
 
 LATER = {  # transformers' Trainer and collators take seconds to import
     "ContrastiveCollator": "collators",
     "ContrastiveTrainer": "contrastive",
+    "MixerTrainer": "mixer_fitting",
+    "NearDuplicates": "corpus.duplicates",
+    "NoisyCollator": "corpus.noise",
     "PrefixLMCollator": "collators",
     "RoutingCallback": "routing",
     "RoutingStatistics": "routing",
@@ -36,10 +43,12 @@ LATER = {  # transformers' Trainer and collators take seconds to import
     "ranks": "ranking",
     "recall_at": "ranking",
     "sentence_transformer": "searcher",
+    "SeededCollator": "collators",
     "Segments": "streams",
     "SentenceMaskCollator": "segment_collators",
     "StatefulTrainer": "streams",
     "describe": "description",
+    "load_word_vectors": "word_vectors",
     "WholeWordMaskCollator": "collators",
     "routing_statistics": "routing",
 }
@@ -56,14 +65,22 @@ __all__ = [
     "Architecture",
     "ContrastiveCollator",
     "ContrastiveTrainer",
+    "MixerTrainer",
+    "MultiTaskModel",
+    "NearDuplicates",
+    "NoisyCollator",
     "PrefixLMCollator",
+    "QuestionAnsweringPipeline",
     "RoutingCallback",
     "RoutingStatistics",
+    "SeededCollator",
     "Segments",
     "SentenceMaskCollator",
     "SpanCorruptionCollator",
     "StatefulTrainer",
+    "TaskBatches",
     "WholeWordMaskCollator",
+    "answer_features",
     "contrastive_loss",
     "byte_tokenizer",
     "convert",
@@ -78,6 +95,7 @@ __all__ = [
     "hard_negatives",
     "inverse_cloze",
     "load_state",
+    "load_word_vectors",
     "lora_config",
     "mean_reciprocal_rank",
     "parallel_windows",
@@ -89,7 +107,9 @@ __all__ = [
     "routing_statistics",
     "save_state",
     "sentence_transformer",
+    "share_weights",
     "state_bytes",
     "upcycle",
+    "uptrain",
     "window_cache",
 ]

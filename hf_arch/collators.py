@@ -4,8 +4,9 @@ masked language modelling `transformers.DataCollatorForLanguageModeling`.
 Each follows transformers' protocol, `collator(items)`, for Trainer's `data_collator`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -43,6 +44,24 @@ class WholeWordMaskCollator(DataCollatorForLanguageModeling):
         more = [(0, 0)] * (length - len(offsets))
         left = self.tokenizer.padding_side == "left"
         return example | {"offset_mapping": more + offsets if left else offsets + more}
+
+
+@dataclass
+class SeededCollator:
+    """Another collator, whose draws by torch's generator follow from the `input_ids` of the rows and the `seed` alone.
+
+    A resumed run then hides the same tokens as one that went on, which a data loader that is a batch ahead would
+    prevent; in another epoch, with other rows beside it, a row is treated otherwise.
+    """
+
+    collator: Callable[[list[dict]], dict[str, torch.Tensor]]
+    seed: int = 0
+
+    def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
+        rows = (np.asarray(item["input_ids"], dtype=np.int64).tobytes() for item in items)
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(crc32(b"".join(rows), self.seed))
+            return self.collator(items)
 
 
 @dataclass

@@ -43,10 +43,7 @@ def upcycle(
 
     Raises ValueError for a model that has experts, adapters, or biases in its feed-forwards, and where no layer fits.
     """
-    if any("lora_" in name for name, _ in model.named_parameters()):
-        raise ValueError("An adapter is part of the feed-forwards: merge it first, with merge_and_unload().")
-    if not isinstance(model.config, ArchConfig):
-        model = from_original(model)
+    model = as_ours(model)
     made = check_kind(model.config, kind)
     types, replaced = layers_of(model, None if layers is None else list(layers), kind)
     fields |= types | {"num_local_experts": experts, "num_experts_per_tok": experts_per_token}
@@ -64,6 +61,13 @@ def upcycle(
     return filled(model, config, state, NEARLY_EVEN if larger != 1 else 1.0)
 
 
+def as_ours(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, or what it is in hf_arch. Raises ValueError where adapters are part of its weights."""
+    if any("lora_" in name for name, _ in model.named_parameters()):
+        raise ValueError("An adapter is part of the weights: merge it first, with merge_and_unload().")
+    return model if isinstance(model.config, ArchConfig) else from_original(model)
+
+
 def filled(model: PreTrainedModel, config: ArchConfig, state: dict[str, torch.Tensor], small: float) -> PreTrainedModel:
     """A model like `model`, but of the config and the state, which lacks the routers alone."""
     with torch.device("meta"):
@@ -71,11 +75,18 @@ def filled(model: PreTrainedModel, config: ArchConfig, state: dict[str, torch.Te
     for name in empty.keys() - state.keys():
         std = small * config.initializer_range
         state[name] = std * torch.randn(empty[name].shape, dtype=model.dtype, device=model.device)
+    return rebuilt(model, type(model), config, state)
+
+
+def rebuilt(
+    model: PreTrainedModel, model_class: type[PreTrainedModel], config: ArchConfig, state: dict[str, torch.Tensor]
+) -> PreTrainedModel:
+    """A model of the class and the state that is used as `model` is: its type of numbers, its device, its mode."""
     options = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
-    sparse = type(model).from_pretrained(None, config=config, state_dict=state, **options)
+    new = model_class.from_pretrained(None, config=config, state_dict=state, **options)
     if model.can_generate():
-        sparse.generation_config = copy.deepcopy(model.generation_config)
-    return sparse.to(model.device).train(model.training)
+        new.generation_config = copy.deepcopy(model.generation_config)
+    return new.to(model.device).train(model.training)
 
 
 def check_kind(config: ArchConfig, kind: str) -> type[MixtureOfExperts]:

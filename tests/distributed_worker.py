@@ -19,6 +19,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from accelerate import PartialState
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -29,6 +30,7 @@ from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
+from examples import pretrain
 from hf_arch.contrastive import COLUMNS, ContrastiveTrainer
 from hf_arch.modeling.layers.experts import SideBySide
 from hf_arch.modeling.skeleton import heads, loss
@@ -340,6 +342,32 @@ def trainer(build: Callable[[], nn.Module], make: Callable, folder: Path) -> Non
     trained.save_model(str(folder / "joint"))
 
 
+RECIPE = ["--architecture", "transformer", "--length", "32", "--hidden-size", "32", "--layers", "2", "--max_steps", "3"]
+RECIPE += ["--vocab-size", "400", "--save_strategy", "no"]
+RECIPE += ["--text", *map(str, sorted(Path(__file__).parent.glob("test_s*.py")))]
+
+
+def recipe(folder: Path) -> None:
+    """examples/pretrain.py: what it finds is kept, for a process without company to compare with."""
+    trainers, train, found = [], pretrain.trained, []
+    with patch.object(pretrain, "trained", lambda *told: trainers.append(train(*told)) or trainers[-1]):
+        for more in ([], ["--sharded"]):
+            told = ["--output", str(folder / f"recipe{len(more)}"), "--per_device_train_batch_size", "2", *more]
+            found.append(pretrain.main([*RECIPE, *told])["transformer"])
+    assert isinstance(trainers[0].model_wrapped, DistributedDataParallel)
+    assert_equal_everywhere(trainers[0].model.state_dict())
+    for module in trainers[1].model_wrapped.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # what an evaluation gathered
+    assert_sharded(trainers[1].model_wrapped)
+    options, _ = pretrain.read_options([*RECIPE, "--output", str(folder / "split"), "--tensor-parallel", "2"])
+    task = pretrain.objective("causal", pretrain.hf_arch.find("transformer"), trainers[0].processing_class, 32)
+    model = pretrain.make_model(options, task, PartialState())  # which Trainer takes on GPUs alone
+    assert_split(model, model.tp_plan)
+    if dist.get_rank() == 0:
+        (folder / "recipe.json").write_text(json.dumps(found))
+
+
 def checks_of(case: Case) -> tuple[Callable[[Case, Path], None], ...]:
     checks = data_parallel, fully_sharded, fully_sharded_by_transformers, tensor_parallel
     return (*checks, expert_parallel, expert_and_data_parallel) if case.config().has_experts else checks
@@ -377,6 +405,7 @@ def main(folder: Path, names: list[str]) -> None:
     tasks += [("toy", training_buffers, ()), ("toy", centroids, ())]
     tasks += [(f"{make.__name__} of {build.__name__}", trainer, (build, make, folder)) for build, make in TRAINERS]
     tasks += [(f"{check.__name__} in chunks", in_chunks, (check, CASES[0], folder / "chunks")) for check in CHUNKED]
+    tasks += [("pretraining", recipe, (folder,))]
     report: dict[str, dict[str, str]] = {}
     for name, check, args in tasks:
         store.set(f"{name} {check.__name__} {rank}", run(check, *args))

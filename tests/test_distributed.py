@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from distributed_worker import CASES, CHUNKED, TRAINERS, checks_of
+from distributed_worker import CASES, CHUNKED, RECIPE, TRAINERS, checks_of, pretrain
 from filelock import FileLock
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -19,7 +19,7 @@ LIMIT = 1500  # seconds for all rows, on a machine that does much else
 def run_pair(folder: Path, names: list[str]) -> None:
     command = [sys.executable, str(Path(__file__).with_name("distributed_worker.py")), str(folder), *names]
     told = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
-    told |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    told |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     pair = []
     for rank in ("0", "1"):
         environment = os.environ | told | {"RANK": rank, "LOCAL_RANK": rank}
@@ -81,3 +81,9 @@ def test_a_trainer_in_two_processes_is_one_with_large_batches(folder, build, mak
     alone.train()
     joint = load_file(folder / f"{make.__name__}-{build.__name__}" / "joint" / "model.safetensors")
     assert_close(joint, alone.model.state_dict(), atol=1e-7, rtol=1e-6)
+
+
+def test_the_recipe_in_two_processes_is_one_with_large_batches(folder, tmp_path):
+    assert_passed(folder, "pretraining", "recipe")
+    alone = pretrain.main([*RECIPE, "--output", str(tmp_path), "--per_device_train_batch_size", "4"])["transformer"]
+    assert json.loads((folder / "recipe.json").read_text()) == pytest.approx([alone, alone], rel=1e-5)

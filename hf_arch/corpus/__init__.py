@@ -1,0 +1,1 @@
+"""From files to rows of tokens: reading, cleaning, duplicates, packing, noise. All of it streams."""
