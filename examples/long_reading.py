@@ -28,7 +28,7 @@ READERS = {
 }
 MARK, WORDS, LENGTH, PIECE = "<note>", 3, 64, 1024  # tokens: of a note, of a text to learn from, that are read at once
 KINDS = 16  # of words that notes are made of
-LENGTHS, TEXTS = (64, 1024, 4096, 32768), 12  # that are asked about, and of each how many
+LENGTHS, TEXTS = (64, 1024, 4096, 32768), 8  # that are asked about, and of each how many
 
 
 class Notes(Dataset):

@@ -32,9 +32,9 @@ CODE = re.compile(r"\s*(>>>|\.\.\. )")
 WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
 SENTENCE_END = re.compile(r"(?<=[.:])\s+(?=[A-Z`])")
 LEAST = 60  # words of a document
-SEGMENT, SEGMENTS, ANSWER = 64, 8, 24  # tokens of a segment, segments of a document, tokens of a summary
-SIZES = {"vocab_size": 4000, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
-SIZES |= {"encoder_num_hidden_layers": 3, "num_hidden_layers": 2, "hidden_dropout": 0.1}
+SEGMENT, SEGMENTS, ANSWER = 48, 4, 20  # tokens of a segment, segments of a document, tokens of a summary
+SIZES = {"vocab_size": 3000, "hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 4}
+SIZES |= {"encoder_num_hidden_layers": 2, "num_hidden_layers": 1, "hidden_dropout": 0.1, "initializer_range": 0.05}
 READER, WRITER = hf_arch.find("hat"), hf_arch.find("hat_encoder_decoder")
 
 Pair = tuple[str, str]  # a document, and its summary
@@ -82,7 +82,7 @@ def trained(train: list[Pair], folder: str, **options):
     def row(text: str, summary: str) -> dict:
         return read(text) | {"labels": [*tokenizer(summary)["input_ids"][: ANSWER - 1], end]}
 
-    told = {"learning_rate": 2e-3, "lr_scheduler_type": "cosine", "warmup_steps": 50, "logging_steps": 100}
+    told = {"learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 50, "logging_steps": 100}
     told |= {"per_device_train_batch_size": 16, "save_strategy": "no", "report_to": []}
     rows, collator = [row(*pair) for pair in train], DataCollatorWithPadding(processor)
     Trainer(model, TrainingArguments(folder, **told | options), data_collator=collator, train_dataset=rows).train()
@@ -105,7 +105,7 @@ def most_similar(train: list[Pair], texts: list[str]) -> list[str]:
     return [train[place][1] for place in np.asarray(scores.argmax(axis=1)).ravel()]
 
 
-def main(libraries: list[str], most: int = 3000, **options) -> dict[str, list[str]]:
+def main(libraries: list[str], most: int = 2000, **options) -> dict[str, list[str]]:
     every = [pair for library in libraries for pair in pairs(library)]
     random.Random(0).shuffle(every)
     asked = min(200, len(every) // 10)
@@ -134,7 +134,7 @@ def main(libraries: list[str], most: int = 3000, **options) -> dict[str, list[st
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[2])
     parser.add_argument("--library", nargs="+", default=LIBRARIES, metavar="NAME", help="that can be imported here")
-    parser.add_argument("--pairs", type=int, default=3000, help="to learn from, at most")
-    parser.add_argument("--epochs", type=float, default=4)
+    parser.add_argument("--pairs", type=int, default=2000, help="to learn from, at most")
+    parser.add_argument("--epochs", type=float, default=3)
     told = parser.parse_args()
     main(told.library, told.pairs, num_train_epochs=told.epochs)
