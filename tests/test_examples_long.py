@@ -55,7 +55,7 @@ def test_notes_are_told_and_asked(repeated):
 def test_long_reading(files, monkeypatch, capsys):
     monkeypatch.setattr(long_reading, "SIZES", long_reading.SIZES | TINY | {"vocab_size": 600})
     monkeypatch.setattr(long_reading, "TEXTS", 2)
-    found = long_reading.main(files, (256, 1024), **SHORT)
+    found = long_reading.main(files, (long_reading.LENGTH, 1024), **SHORT)
     assert list(found) == [f"{name}{part}" for name in long_reading.READERS for part in ("", ", the end")]
     held = {name: [size for _, size in of_lengths] for name, of_lengths in found.items()}
     assert held["recurrences"][0] == held["recurrences"][1]
