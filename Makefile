@@ -43,4 +43,4 @@ $(READY): pyproject.toml setup.py
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info hf_arch_demo hf_arch_bench hf_arch_evaluation site
+	rm -rf $(VENV) build dist *.egg-info hf_arch_demo hf_arch_bench hf_arch_evaluation hf_arch_story hf_arch_embeddings.png site

@@ -52,13 +52,9 @@ def train(model, processor, images, digits, epochs: float) -> None:
         hf_arch.ContrastiveTrainer(model, arguments, data_collator=collator, train_dataset=pairs).train()
 
 
-@torch.no_grad()
 def chosen(model, processor, images) -> np.ndarray:
     """The number of the caption that is nearest to each image."""
-    model.eval()
-    captions, pictures = (
-        hf_arch.embed(model, processor(told, padding=True, return_tensors="pt")) for told in (CAPTIONS, list(images))
-    )
+    captions, pictures = (hf_arch.embed_texts(model, processor, told) for told in (CAPTIONS, list(images)))
     return (pictures @ captions.T).argmax(dim=1).numpy()
 
 

@@ -31,7 +31,7 @@ def write(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, window:
     text = model.generate(
         prompt, past_key_values=cache, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
     )
-    return text, sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return text, hf_arch.state_bytes(cache)
 
 
 if __name__ == "__main__":

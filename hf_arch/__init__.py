@@ -10,12 +10,13 @@ from hf_arch.convert import convert
 from hf_arch.distill import distill
 from hf_arch.export import export, push_to_hub
 from hf_arch.groups import parameter_groups
+from hf_arch.inverse_cloze import inverse_cloze
 from hf_arch.lora import lora_config, register_targets
 from hf_arch.multitask import MultiTaskModel, TaskBatches, share_weights
 from hf_arch.parallel_windows import parallel_windows
 from hf_arch.question_answering import QuestionAnsweringPipeline, answer_features
 from hf_arch.registration import register, register_pipeline
-from hf_arch.states import fork, load_state, save_state
+from hf_arch.states import fork, load_state, save_state, state_bytes
 from hf_arch.upcycle import upcycle
 from hf_arch.uptrain import uptrain
 
@@ -34,8 +35,14 @@ LATER = {  # transformers' Trainer and collators take seconds to import
     "RoutingStatistics": "routing",
     "SpanCorruptionCollator": "collators",
     "contrastive_loss": "contrastive",
+    "draw_ranks": "ranking_picture",
     "embed": "contrastive",
-    "recall_at": "contrastive",
+    "embed_texts": "contrastive",
+    "hard_negatives": "ranking",
+    "mean_reciprocal_rank": "ranking",
+    "ranks": "ranking",
+    "recall_at": "ranking",
+    "sentence_transformer": "searcher",
     "SeededCollator": "collators",
     "Segments": "streams",
     "SentenceMaskCollator": "segment_collators",
@@ -79,21 +86,29 @@ __all__ = [
     "convert",
     "describe",
     "distill",
+    "draw_ranks",
     "embed",
+    "embed_texts",
     "export",
     "find",
     "fork",
+    "hard_negatives",
+    "inverse_cloze",
     "load_state",
     "load_word_vectors",
     "lora_config",
+    "mean_reciprocal_rank",
     "parallel_windows",
     "parameter_groups",
     "push_to_hub",
+    "ranks",
     "recall_at",
     "register_attention",
     "routing_statistics",
     "save_state",
+    "sentence_transformer",
     "share_weights",
+    "state_bytes",
     "upcycle",
     "uptrain",
     "window_cache",

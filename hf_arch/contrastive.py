@@ -7,9 +7,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.nn.functional import all_gather
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction, PreTrainedConfig, Trainer
 
 from hf_arch.collators import ContrastiveCollator
+from hf_arch.ranking import mean_reciprocal_rank, recall_at
 
 COLUMNS = ("query", "positive", "negative")
 
@@ -36,6 +37,15 @@ def document(outputs, real: torch.Tensor) -> torch.Tensor:
 POOLINGS = {"mean": mean, "first": first, "last": last, "document": document}
 
 
+def pooling_of(config: PreTrainedConfig, pooling: str | None = None) -> str:
+    """`pooling`, or what is the way of the architecture."""
+    spoken = getattr(config, "pooling", "")
+    how = pooling or ("document" if spoken.startswith("document") else "last" if spoken == "last" else "mean")
+    if how not in POOLINGS:
+        raise ValueError(f"pooling {how!r} is unknown; there are {', '.join(POOLINGS)}.")
+    return how
+
+
 def embed(model: nn.Module, inputs: dict[str, torch.Tensor], pooling: str | None = None) -> torch.Tensor:
     """What the model makes of each text, as a vector of length 1: [texts, size].
 
@@ -43,14 +53,30 @@ def embed(model: nn.Module, inputs: dict[str, torch.Tensor], pooling: str | None
     the "first" or the "last" of these, or "document", what a hierarchical model says of each itself; by default that
     where there is such, else the last token of a causal model, the mean of others.
     """
-    config = getattr(model, "module", model).config
-    spoken = getattr(config, "pooling", "")
-    how = pooling or ("document" if spoken.startswith("document") else "last" if spoken == "last" else "mean")
-    if how not in POOLINGS:
-        raise ValueError(f"pooling {how!r} is unknown; there are {', '.join(POOLINGS)}.")
+    how = pooling_of(getattr(model, "module", model).config, pooling)
     if "attention_mask" not in inputs:
         raise ValueError("Texts are told without attention_mask: it says where each ends.")
     return F.normalize(POOLINGS[how](model(**inputs), inputs["attention_mask"].bool()), dim=-1)
+
+
+@torch.no_grad()
+def embed_texts(
+    model: nn.Module, tokenizer, texts: Sequence[str], pooling: str | None = None, batch_size: int = 64
+) -> torch.Tensor:
+    """The vectors of texts, or of whatever else the processor reads, in evaluation: [texts, size].
+
+    tokenizer: a tokenizer or a processor, at whose longest length texts are cut; pooling as in `embed`.
+    """
+    if isinstance(texts, str) or not len(texts):
+        raise ValueError("Give at least one text, in a list.")
+    was_training, found = model.training, []
+    model.eval()
+    for start in range(0, len(texts), batch_size):
+        part = list(texts[start : start + batch_size])
+        told = tokenizer(part, padding=True, truncation=True, return_tensors="pt").to(model.device)
+        found.append(embed(model, {name: x for name, x in told.items() if name != "token_type_ids"}, pooling))
+    model.train(was_training)
+    return torch.cat(found)
 
 
 def contrastive_loss(queries: torch.Tensor, candidates: torch.Tensor, temperature: float = 0.05) -> torch.Tensor:
@@ -72,20 +98,13 @@ def everywhere(vectors: torch.Tensor) -> list[torch.Tensor]:
     return [parts[own], *parts[:own], *parts[own + 1 :]]
 
 
-def recall_at(queries: torch.Tensor, documents: torch.Tensor, k: int = 1) -> float:
-    """The share of `queries` [n, size] whose own document, of `documents` [n or more, size] that in the same place, is
-    among the k nearest. What is as near counts as nearer: vectors that are all the same find nothing."""
-    scores = queries @ documents.T
-    own = scores.diagonal()[:, None]
-    return float(((scores >= own).sum(dim=1) <= k).float().mean())
-
-
 class ContrastiveTrainer(Trainer):
     """A Trainer of batches of a `ContrastiveCollator`, whose model is a bare one (`AutoModel`).
 
     temperature: of the cosines in the loss. pooling: as in `embed`. recalls: evaluation tells `recall_at_<k>` of all
-    queries of `eval_dataset` among all its positives. Negatives are those of the batch, of all processes together; a
-    batch that is accumulated in pieces has those of a piece. Arguments need `remove_unused_columns=False`.
+    queries of `eval_dataset` among all its positives, and `mrr`, the mean reciprocal rank. Negatives are those of the
+    batch, of all processes together; a batch that is accumulated in pieces has those of a piece. Arguments need
+    `remove_unused_columns=False`.
     """
 
     def __init__(
@@ -121,7 +140,8 @@ class ContrastiveTrainer(Trainer):
 
     def recall_metrics(self, evaluated: EvalPrediction) -> dict[str, float]:
         queries, positives = (torch.as_tensor(each) for each in evaluated.predictions)
-        return {f"recall_at_{k}": recall_at(queries, positives, k) for k in self.recalls}
+        found = {f"recall_at_{k}": recall_at(queries, positives, k) for k in self.recalls}
+        return found | {"mrr": mean_reciprocal_rank(queries, positives)}
 
 
 def columns(inputs: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:

@@ -13,6 +13,7 @@ from hf_arch.bench.costs import Span, cost
 from hf_arch.catalogue import find
 from hf_arch.modeling.layers.chosen_cache import ChosenCacheLayer
 from hf_arch.modeling.layers.experts import SideBySide
+from hf_arch.states import state_bytes
 
 CONTEXT = 8192
 LLAMA_3_1 = {"vocab_size": 128256, "max_position_embeddings": 131072, "num_key_value_heads": 8}
@@ -100,9 +101,7 @@ def held_bytes(model: PreTrainedModel, length: int) -> int | None:
     if any(isinstance(layer, ChosenCacheLayer) for layer in cache.layers):
         return None
     model(torch.zeros(1, length, dtype=torch.long, device="meta"), past_key_values=cache, logits_to_keep=1)
-    held = [value for layer in cache.layers for value in vars(layer).values()]
-    held += [state for layer in cache.layers for state in getattr(layer, "states", {}).values()]
-    return sum(tensor.nbytes for tensor in held if isinstance(tensor, torch.Tensor))
+    return state_bytes(cache)
 
 
 def of_cache(described: Description) -> str:

@@ -95,6 +95,15 @@ def fork(past_key_values: Cache, answers: int = 1) -> Cache:
     return copied
 
 
+def state_bytes(past_key_values: Cache) -> int:
+    """How many bytes the tensors of a cache hold: what is resident of a text, as far as it was read."""
+    held = []
+    for plain in parts_of(past_key_values).values():
+        for layer in plain.layers:
+            held += [*vars(layer).values(), *getattr(layer, "states", {}).values()]
+    return sum(tensor.nbytes for tensor in held if isinstance(tensor, torch.Tensor))
+
+
 def parts_of(cache: Cache) -> dict[str, Cache]:
     """The plain caches that a cache is made of, by name."""
     if isinstance(cache, EncoderDecoderCache):

@@ -1,4 +1,4 @@
-"""Texts as vectors: the loss, the metric, the Trainer, and sentence-transformers."""
+"""Texts as vectors: the loss and the Trainer."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from test_hat_processor import make, tokenizer  # noqa: F401
 from torch.testing import assert_close
 from transformers import TrainingArguments
 
-from hf_arch import ContrastiveCollator, ContrastiveTrainer, contrastive_loss, embed, find, recall_at
+from hf_arch import ContrastiveCollator, ContrastiveTrainer, contrastive_loss, embed, find
 from promises import ENCODERS, EXACT, Case, some_tokens
 
 LETTERS = list(zip("abcdefgh", "ijklmnop", "qrstuvwx", strict=True))
@@ -27,13 +27,6 @@ def test_the_loss_is_its_definition():
         scores = torch.stack([query @ candidate for candidate in candidates]) / 0.1
         expected -= (scores[place].exp() / scores.exp().sum()).log() / 3
     assert_close(contrastive_loss(queries, candidates, 0.1), expected)
-
-
-def test_recall():
-    queries = torch.eye(4)
-    documents = torch.eye(4)[[0, 1, 3, 2]] + 0.1 * torch.eye(4)
-    assert recall_at(queries, documents) == 0.5 and recall_at(queries, documents, 2) == 1.0
-    assert recall_at(torch.ones(4, 2), torch.ones(4, 2), 3) == 0.0
 
 
 @torch.no_grad()
@@ -76,6 +69,7 @@ def test_a_trainer_brings_pairs_together(name, make, tokenizer, tmp_path):  # no
     after = trainer.evaluate()
     assert after["eval_loss"] < 0.3 * before["eval_loss"]
     assert after["eval_recall_at_1"] > max(0.8, before["eval_recall_at_1"]) and after["eval_recall_at_3"] == 1.0
+    assert after["eval_recall_at_1"] <= after["eval_mrr"] <= 1.0
 
 
 def test_what_the_trainer_cannot_do(tmp_path):
@@ -86,37 +80,3 @@ def test_what_the_trainer_cannot_do(tmp_path):
     tokens = some_tokens()
     with pytest.raises(ValueError, match="no positive_input_ids: take a ContrastiveCollator"):
         trainer.compute_loss(model, {"query_input_ids": tokens, "query_attention_mask": torch.ones_like(tokens)})
-
-
-def test_sentence_transformers_loads_and_trains_document_embeddings(make, tmp_path):  # noqa: F811
-    pytest.importorskip("sentence_transformers", reason="the extra `search` is not installed")
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.base.modules import Transformer
-    from sentence_transformers.losses import MultipleNegativesRankingLoss
-
-    torch.manual_seed(0)
-    row, processor = find("hat"), make(segmentation="sentence", segment_length=6)
-    row.load("Model")(row.tiny_config()).save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    told = {"modality_config": {"text": {"method": "forward", "method_output_name": "pooler_output"}}}
-    searcher = SentenceTransformer(
-        modules=[Transformer(str(tmp_path), module_output_name="sentence_embedding", **told)]
-    )
-    texts = ["a b c. d e", "f g"]
-    expected = searcher[0].auto_model(**processor(texts, padding=True, return_tensors="pt")).pooler_output
-    assert_close(searcher.encode(texts, convert_to_tensor=True), expected)
-    assert SentenceTransformer(str(tmp_path)).encode(texts).shape == (2, 32)  # as it is: the mean over tokens
-
-    loss, columns = MultipleNegativesRankingLoss(searcher), [[pair[name] for pair in PAIRS] for name in PAIRS[0]]
-    optimizer, values = torch.optim.AdamW(searcher.parameters(), lr=1e-2), []
-    for _ in range(25):
-        values.append(loss([searcher.preprocess(column) for column in columns], None))
-        values[-1].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert values[-1] < 0.3 * values[0]
-    searcher.save(str(tmp_path / "trained"))
-    trained = SentenceTransformer(str(tmp_path / "trained"))
-    assert_close(trained.encode(texts), searcher.encode(texts))
-    queries, positives = (trained.encode(column, convert_to_tensor=True) for column in columns)
-    assert recall_at(F.normalize(queries, dim=-1), F.normalize(positives, dim=-1)) > 0.8

@@ -6,18 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from examples import dialogue_state, key_sentences, long_documents, semantic_search
+from examples import dialogue_state, key_sentences, long_documents
 
 SHORT = {"max_steps": 2, "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    for example in (dialogue_state, key_sentences, long_documents, semantic_search):
+    for example in (dialogue_state, key_sentences, long_documents):
         sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
         monkeypatch.setattr(example, "SIZES", example.SIZES | sizes)
-    for example in (key_sentences, semantic_search):
-        monkeypatch.setattr(example, "VOCABULARY", 300)
+    monkeypatch.setattr(key_sentences, "VOCABULARY", 300)
 
 
 def test_long_documents(tiny, tmp_path):
@@ -30,19 +29,6 @@ def test_long_documents(tiny, tmp_path):
     assert long_documents.bag_of_words(examples, examples) == 1.0
     said = long_documents.documents("networkx")
     assert len(said) > 20 and ">>>" not in said[0]
-
-
-def test_semantic_search(tiny, tmp_path):
-    train, held_out = semantic_search.pairs()
-    assert len(train) > 1000 and len(held_out) > 300
-    assert all(pair["query"] not in pair["positive"] for pair in held_out)
-    told = {pair["query"] for pair in train}
-    assert sum(pair["query"] in told for pair in held_out) < 0.05 * len(held_out)
-    trainer = semantic_search.make_trainer(train[:80], held_out[:10], str(tmp_path), **SHORT)
-    trainer.train()
-    queries, passages = semantic_search.vectors(trainer, held_out[:10])
-    assert queries.shape == passages.shape == (10, 16)
-    torch.testing.assert_close(queries.norm(dim=1), torch.ones(10))
 
 
 def test_a_dialogue_says_what_is_booked():

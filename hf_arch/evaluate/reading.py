@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from transformers.cache_utils import Cache
 
 ROWS = 4  # texts that are read at once
 SAMPLE = 48  # tokens that are enough to see whether pieces are read as a whole
@@ -57,6 +58,15 @@ class Reader:
         last = texts.shape[1] - 1 if last is None else last
         readings = [self.read_rows(rows.to(self.model.device), last) for rows in texts.split(ROWS)]
         return Reading(*(torch.cat(parts).cpu() for parts in zip(*readings, strict=True)))
+
+    @torch.no_grad()
+    def memory(self, texts: torch.Tensor) -> Cache:
+        """What the model holds of [texts, length], read in pieces: its cache."""
+        cache = None
+        told = {"logits_to_keep": 1} if self.keeps_few_logits else {}
+        for part in texts.to(self.model.device).split(self.piece, dim=1):
+            cache = self.model(input_ids=part, past_key_values=cache, use_cache=True, **told).past_key_values
+        return cache
 
     @torch.no_grad()
     def read_rows(self, tokens: torch.Tensor, last: int) -> Reading:
