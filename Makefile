@@ -6,7 +6,7 @@ PYTHON ?= python3
 RUN := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(VENV)/bin/
 READY := $(VENV)/.ready
 
-.PHONY: demo test conformance conformance-full bench lint format clean
+.PHONY: demo test conformance conformance-full bench docs lint format clean
 
 demo: $(READY)
 	$(VENV)/bin/hf-arch demo $(DEMO)
@@ -22,6 +22,10 @@ bench: $(READY)
 # transformers' own common tests, over the catalogue or over ROWS; they are downloaded once (10 MB)
 conformance conformance-full: $(READY)
 	$(RUN)python -m conformance $(if $(findstring full,$@),--full) --workers $${TEST_WORKERS:-auto} $(ROWS)
+
+# Into site/, to be read from there or served; what mkdocs warns of, such as a link that leads nowhere, is an error
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(RUN)python -m mkdocs build --strict
 
 lint: $(READY)
 	$(RUN)ruff check . && $(RUN)ruff format --check .
@@ -39,4 +43,4 @@ $(READY): pyproject.toml setup.py
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info hf_arch_demo hf_arch_bench hf_arch_evaluation
+	rm -rf $(VENV) build dist *.egg-info hf_arch_demo hf_arch_bench hf_arch_evaluation site

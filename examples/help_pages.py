@@ -32,7 +32,7 @@ def functions() -> Iterator[tuple[str, str, inspect.Signature, str]]:
 def questions(module: str, name: str, signature: inspect.Signature, says: str) -> Iterator[dict]:
     """What can be asked of one page, as in SQuAD: {"question", "context", "answers"}."""
     head = f"{name}{signature}"
-    page = f"Help on {module}.{name}:\n\n{head}\n\n{says}"
+    page = f"{module}.{head}\n\n{says}"
     begin, body = page.index(head) + len(name), page.index(head) + len(head)
 
     def asked(question: str, start: int, answer: str) -> dict:

@@ -24,10 +24,12 @@ def share_weights(models: Iterable[nn.Module], adapter: str | None = None) -> No
     trained. Heads stay their own, and so do adapters of PEFT, which may be around some of the models, or inside.
 
     adapter: share the weights of the adapter that all have under this name instead. Raises ValueError where they
-    differ. Models keep modules of their own, so that each uses its active adapter, whatever the others do.
+    differ. What the first one learns or not, all do. Models keep modules of their own, so that each uses its active
+    adapter, whatever the others do.
     """
     bases = [getattr(model, "get_base_model", lambda model=model: model)() for model in models]
     first, *others = [weights(model.base_model, adapter) for model in bases]
+    learned = [(each, each.requires_grad) for _, each in first.values()]
     for model, named in zip(bases[1:], others, strict=True):
         if not first or {plain: x.shape for plain, (_, x) in first.items()} != {
             plain: x.shape for plain, (_, x) in named.items()
@@ -37,6 +39,8 @@ def share_weights(models: Iterable[nn.Module], adapter: str | None = None) -> No
         shared = {name: first[plain][1] for plain, (name, _) in named.items()}
         model.base_model.load_state_dict(shared, assign=True, strict=False)
         model.tie_weights()  # of a head that names tokens by their embeddings
+    for each, is_learned in learned:  # loading has made it as it was in the last one
+        each.requires_grad_(is_learned)
 
 
 def weights(base: nn.Module, adapter: str | None) -> dict[str, tuple[str, torch.Tensor]]:
@@ -73,6 +77,22 @@ class MultiTaskModel(nn.Module):
             for model in models.values():
                 model.set_adapter(adapter)
         self.tasks = nn.ModuleDict(models)
+
+    def kept_names(self) -> dict[str, str]:
+        """Of each weight the name under which it is saved: its name in the first task that has it."""
+        first: dict[int, str] = {}
+        return {name: first.setdefault(id(each), name) for name, each in super().state_dict(keep_vars=True).items()}
+
+    def state_dict(self, *args, prefix: str = "", **kwargs) -> dict[str, torch.Tensor]:
+        """Each weight once, as safetensors wants it."""
+        found, kept = super().state_dict(*args, prefix=prefix, **kwargs), set(self.kept_names().values())
+        for name in [name for name in found if name.startswith(prefix) and name.removeprefix(prefix) not in kept]:
+            del found[name]
+        return found
+
+    def load_state_dict(self, state_dict: Mapping[str, torch.Tensor], *args, **kwargs):
+        copies = {name: state_dict[kept] for name, kept in self.kept_names().items() if kept in state_dict}
+        return super().load_state_dict({**state_dict, **copies}, *args, **kwargs)
 
     def forward(self, task: str, **inputs):
         if task not in self.tasks:

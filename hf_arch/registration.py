@@ -39,9 +39,8 @@ def register_pipeline() -> None:
     """Bring question answering back, which transformers 5 dropped. Does nothing where there is such a pipeline."""
     if ANSWERING in pipelines.PIPELINE_REGISTRY.supported_tasks:
         return
-    getattr(pipelines, "REMOVED_TASKS", {}).pop(
-        ANSWERING, None
-    )  # else `pipeline` says that it was removed, whatever is registered
+    # else `pipeline` says that it was removed, whatever is registered
+    getattr(pipelines, "REMOVED_TASKS", {}).pop(ANSWERING, None)
     pipelines.PIPELINE_REGISTRY.register_pipeline(
         ANSWERING,
         QuestionAnsweringPipeline,

@@ -90,8 +90,8 @@ def test_simple_ways_learn_what_they_can():
     lines = [{"text": "up", "label": "good"}] * 3 + [{"text": "down", "label": "bad"}]
     found = adapter_tasks.label_baselines(None, lines, lines)
     assert found == {"guess": {"accuracy": 0.75}, "words": {"accuracy": 1.0}}
-    found = adapter_tasks.question_baselines(None, [], asked())
-    assert found["guess"]["F1"] < 0.2 < found["words"]["F1"]
+    found = adapter_tasks.question_baselines(None, [], asked()[:1])
+    assert found["guess"]["F1"] < 0.2 and found["words"]["F1"] > 0.5
 
 
 def write(path: Path, examples: list[dict]) -> str:

@@ -18,8 +18,12 @@ SAMPLES = {
 
 
 def heads(row: str, **fields) -> dict[str, torch.nn.Module]:
+    """Models whose bases are alike, and apart."""
     cases = {case.head: case for case in HEADS if case.row.name == row}
-    return {task: cases[head].build(dtype=torch.float32, **fields) for task, head in TASKS.items()}
+    found = {task: cases[head].build(dtype=torch.float32, **fields) for task, head in TASKS.items()}
+    for model in found.values():
+        model.model.load_state_dict(found["says"].model.state_dict())
+    return found
 
 
 @pytest.fixture(params=["transformer", "mixtral"])

@@ -15,7 +15,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from engine import served
 from hf_arch import ARCHITECTURES
-from hf_arch.modeling.layers.attention import AttentionKernel
+from hf_arch.modeling.layers.attention import ChosenKernel
 from promises import DECODERS, EXACT, Answering, some_tokens
 
 SERVED = {
@@ -81,7 +81,7 @@ def test_continuous_batching_answers_as_generate(name):
 def test_the_call_of_the_kernel_can_be_read():
     """vLLM finds a layer's attention by the source of `forward`: what ALL_ATTENTION_FUNCTIONS gives is called once, by
     name, with a scaling that is an attribute."""
-    forward = ast.parse(textwrap.dedent(inspect.getsource(AttentionKernel.forward)))
+    forward = ast.parse(textwrap.dedent(inspect.getsource(ChosenKernel.forward)))
     looked_up = [
         node.targets[0].id
         for node in ast.walk(forward)
@@ -96,7 +96,7 @@ def test_the_call_of_the_kernel_can_be_read():
 def test_vllm_finds_what_it_puts_its_own_in_the_place_of(case):
     model = case.build()
     assert model.base_model_prefix == "model" and isinstance(model.model.layers, torch.nn.ModuleList)
-    kernels = [module for module in model.model.modules() if isinstance(module, AttentionKernel)]
+    kernels = [module for module in model.model.modules() if isinstance(module, ChosenKernel)]
     assert [kernel.layer_idx for kernel in kernels] == list(range(model.config.num_hidden_layers))
     assert all(kernel.config is model.model.config and kernel.scaling > 0 for kernel in kernels)
     names = {name for name, _ in [*model.model.named_modules(), *model.model.named_parameters()]}

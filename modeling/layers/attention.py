@@ -13,7 +13,7 @@ from .mixer import Mixer
 from .record import AttentionWeights, CrossAttentionWeights
 
 
-class AttentionKernel(nn.Module):
+class ChosenKernel(nn.Module):
     """The kernel that the user chose, called as transformers' own models call it: query [batch, heads, queries, dim]
     -> ([batch, queries, heads, dim], weights or None).
 
@@ -65,7 +65,7 @@ class Attention(Mixer):
             setattr(self, name, nn.Linear(config.hidden_size, heads * self.head_dim, bias=config.attention_bias))
         width = config.num_attention_heads * self.head_dim
         self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
-        self.weights, self.attention = self.weights_class(), AttentionKernel(self)
+        self.weights, self.attention = self.weights_class(), ChosenKernel(self)
 
     def forward(
         self,
