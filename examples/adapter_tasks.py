@@ -132,9 +132,12 @@ def extraction_baselines(tokenizer, train: list[dict], held_out: list[dict]) -> 
 
 def licences() -> list[Document]:
     """Of the installed packages."""
-    files = ((package.name, file) for package in distributions() for file in package.files or ())
-    named = [(name, file) for name, file in files if LICENCE.match(file.name) and file.suffix in ("", ".txt", ".md")]
-    paths = {f"{name}/{file.name}": Path(file.locate()) for name, file in named}
+    paths = {}
+    for package in distributions():
+        named = [
+            file for file in package.files or () if LICENCE.match(file.name) and file.suffix in ("", ".txt", ".md")
+        ]
+        paths |= {f"{package.name}/{file.name}": Path(file.locate()) for file in named}
     return [Document(name, path.read_text("utf-8", "ignore")) for name, path in paths.items() if path.is_file()]
 
 

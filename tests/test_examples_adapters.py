@@ -91,7 +91,7 @@ def test_simple_ways_learn_what_they_can():
     found = adapter_tasks.label_baselines(None, lines, lines)
     assert found == {"guess": {"accuracy": 0.75}, "words": {"accuracy": 1.0}}
     found = adapter_tasks.question_baselines(None, [], asked()[:1])
-    assert found["guess"]["F1"] < 0.2 and found["words"]["F1"] > 0.5
+    assert found["guess"]["F1"] < 0.1 < found["words"]["F1"]
 
 
 def write(path: Path, examples: list[dict]) -> str:
