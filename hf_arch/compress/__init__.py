@@ -1,0 +1,5 @@
+"""Smaller models: few bits, fewer parts, a teacher's answers, and forms that run without PyTorch."""
+
+from hf_arch.compress.quantize import full_precision, quantization_config, quantize
+
+__all__ = ["full_precision", "quantization_config", "quantize"]
