@@ -20,6 +20,13 @@ def remade(model: PreTrainedModel, config: ArchConfig, state: dict[str, torch.Te
     return made.train(model.training)
 
 
+def changed(config: ArchConfig, fields: dict) -> ArchConfig:
+    """A config with other `fields`, and what follows from them."""
+    told = config.to_dict()
+    told["mixer_types"] = fields.get("layer_types", told["mixer_types"])  # as it is written
+    return type(config).from_dict(told | {name: value for name, value in fields.items() if name != "layer_types"})
+
+
 def refuse_adapters(model: nn.Module) -> None:
     if any("lora_" in name for name, _ in model.named_parameters()):
         raise ValueError("An adapter is part of the model: merge it first, with merge_and_unload().")

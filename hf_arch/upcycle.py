@@ -10,7 +10,7 @@ from hf_arch.convert import from_original
 from hf_arch.modeling.layers.sparse import SPARSE_FEED_FORWARDS, MixtureOfExperts
 from hf_arch.modeling.skeleton.backbone import Backbone
 from hf_arch.modeling.skeleton.config import ArchConfig
-from hf_arch.remake import refuse_adapters, remade
+from hf_arch.remake import changed, refuse_adapters, remade
 
 NEARLY_EVEN = 1e-4  # of the usual initialisation, for a router whose probabilities are to be nearly the same
 
@@ -46,7 +46,7 @@ def upcycle(
     made = check_kind(model.config, kind)
     types, replaced = layers_of(model, None if layers is None else list(layers), kind)
     fields |= types | {"num_local_experts": experts, "num_experts_per_tok": experts_per_token}
-    config = type(model.config).from_dict(model.config.to_dict() | fields)
+    config = changed(model.config, fields)
     state, copies = dict(model.state_dict()), {}
     larger = 1.0 if made.router_class.sums_to_one else experts / experts_per_token
     for part in replaced:

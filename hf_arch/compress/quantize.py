@@ -1,6 +1,5 @@
 """Weights of eight or four bits, for every row of the catalogue."""
 
-import copy
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,7 @@ from hf_arch.modeling.layers.derived import Derived
 from hf_arch.modeling.layers.experts import SeparateExperts, SideBySide
 from hf_arch.modeling.skeleton.backbone import Layer
 from hf_arch.modeling.skeleton.config import ArchConfig
-from hf_arch.remake import refuse_adapters, remade
+from hf_arch.remake import changed, refuse_adapters, remade
 
 if TYPE_CHECKING:
     from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -100,8 +99,8 @@ def fits(linear: nn.Linear, kind: str) -> bool:
 
 def apart(model: PreTrainedModel) -> tuple[ArchConfig, dict[str, torch.Tensor]]:
     """A copy of the config, and the state, where each expert is a module."""
-    config, state = copy.deepcopy(model.config), dict(model.state_dict())
-    config.separate_experts = config.has_experts
+    separate = {"separate_experts": True} if model.config.has_experts else {}
+    config, state = changed(model.config, separate), dict(model.state_dict())
     for name, module in model.named_modules():
         if isinstance(module, SideBySide):
             for stacked in (module.first_name, "down_proj"):
