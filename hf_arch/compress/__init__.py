@@ -2,6 +2,7 @@
 
 import importlib
 
+from hf_arch.compress.deploy import to_onnx, to_program
 from hf_arch.compress.prune import prunable, prune
 from hf_arch.compress.quantize import full_precision, quantization_config, quantize
 
@@ -21,4 +22,6 @@ __all__ = [
     "prune",
     "quantization_config",
     "quantize",
+    "to_onnx",
+    "to_program",
 ]

@@ -1,11 +1,12 @@
 """A student learns from a teacher's answers (Hinton et al., 2015, arXiv:1503.02531)."""
 
-import inspect
-
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from hf_arch.modeling.skeleton.conditional_generation import ConditionalGeneration
+from hf_arch.modeling.skeleton.heads import CausalLM
 
 IGNORED = -100  # a label where nothing is asked
 
@@ -54,8 +55,7 @@ class DistillationTrainer(Trainer):
         self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
         student = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         self.shifts = type(student).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-        hides = "return_logits" in inspect.signature(student.forward).parameters
-        self.asked = {"return_logits": True} if hides else {}
+        self.asked = {"return_logits": True} if isinstance(student, CausalLM | ConditionalGeneration) else {}
 
     def check_sizes(self, teacher: PreTrainedModel, hidden_weight: float) -> None:
         own, others = self.model.config, teacher.config
@@ -88,8 +88,7 @@ class DistillationTrainer(Trainer):
         student, teacher = (self.at(each.logits, at) for each in (outputs, taught))
         loss = loss + self.alpha * soft_loss(student, teacher, self.temperature) / tokens
         if self.hidden_weight:
-            states = (F.normalize(self.at(last_states(each), at), dim=-1) for each in (outputs, taught))
-            student, teacher = states
+            student, teacher = (F.normalize(self.at(last_states(each), at), dim=-1) for each in (outputs, taught))
             loss = loss + self.hidden_weight * (student - teacher).square().sum() / tokens
         return (loss, outputs) if return_outputs else loss
 
