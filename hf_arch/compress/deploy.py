@@ -2,6 +2,8 @@
 
 import functools
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -57,7 +59,8 @@ def to_program(model: PreTrainedModel, length: int | None = None) -> ExportedPro
     Raises ValueError where it cannot be written for any length, or answers otherwise than the model: the error says
     how far writing came. The model stays as it is.
     """
-    return written(model, length)[0]
+    with evaluating(model):
+        return written(model, length)[0]
 
 
 @torch.no_grad()
@@ -76,20 +79,30 @@ def to_onnx(model: PreTrainedModel, path: str | Path, length: int | None = None)
     import onnxruntime
 
     path = Path(path)
-    program, reader = written(model, length)
+    with evaluating(model):
+        program, reader = written(model, length)
+        try:
+            names = {"input_names": reader.inputs, "output_names": ["answer"]}
+            made = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+        except torch.onnx.OnnxExporterError as error:
+            raise ValueError(f"{named(model)} has operations that ONNX has not: {first_line(error)}") from error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=path.parent) as folder:
+            made.save(Path(folder, path.name))
+            session = onnxruntime.InferenceSession(Path(folder, path.name), providers=["CPUExecutionProvider"])
+            compare(reader, functools.partial(run, session), sizes(length))
+            for made_file in Path(folder).iterdir():
+                os.replace(made_file, path.parent / made_file.name)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
     try:
-        made = torch.onnx.export(
-            program, dynamo=True, verbose=False, input_names=reader.inputs, output_names=["answer"]
-        )
-    except torch.onnx.OnnxExporterError as error:
-        raise ValueError(f"{named(model)} has operations that ONNX has not: {first_line(error)}") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent) as folder:
-        made.save(Path(folder, path.name))
-        session = onnxruntime.InferenceSession(Path(folder, path.name), providers=["CPUExecutionProvider"])
-        compare(reader, functools.partial(run, session), sizes(length))
-        for made_file in Path(folder).iterdir():
-            os.replace(made_file, path.parent / made_file.name)
+        yield
+    finally:
+        model.train(training)
 
 
 def run(session, *tokens: torch.Tensor) -> torch.Tensor:
@@ -101,8 +114,6 @@ def run(session, *tokens: torch.Tensor) -> torch.Tensor:
 
 def written(model: PreTrainedModel, length: int | None) -> tuple[ExportedProgram, Read]:
     reader = (ReadAndAnswer if model.config.is_encoder_decoder else Read)(model)
-    training = model.training
-    reader.eval()
     batch, tokens = TRACED if length is None else (1, length)
     shapes = tuple({0: Dim.AUTO, 1: Dim.AUTO} for _ in reader.inputs) if length is None else None
     try:
@@ -115,10 +126,7 @@ def written(model: PreTrainedModel, length: int | None) -> tuple[ExportedProgram
         )
     except Exception as error:  # of many kinds, none of them torch.export's own
         raise ValueError(refusal(model, length, error)) from error
-    else:
-        compare(reader, program.module(), sizes(length))
-    finally:
-        model.train(training)
+    compare(reader, program.module(), sizes(length))
     return program, reader
 
 
@@ -134,7 +142,7 @@ def sizes(length: int | None) -> tuple[tuple[int, int], ...]:
     return OTHERS if length is None else ((1, length),)
 
 
-def compare(reader: Read, run, sizes: tuple[tuple[int, int], ...]) -> None:
+def compare(reader: Read, run: Callable, sizes: tuple[tuple[int, int], ...]) -> None:
     for batch, length in sizes:
         told = some_tokens(reader, batch, length)
         expected = reader(*told).cpu().float()

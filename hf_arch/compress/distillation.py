@@ -75,7 +75,7 @@ class DistillationTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if inputs.get("labels") is None:
             raise ValueError("The batch has no labels: they say which tokens are asked for.")
-        told = inputs | ({"output_hidden_states": True} if self.hidden_weight else {})
+        told = {**inputs} | ({"output_hidden_states": True} if self.hidden_weight else {})
         hard, outputs = super().compute_loss(model, told | self.asked, True, num_items_in_batch)
         with torch.no_grad(), self.accelerator.autocast():
             taught = self.teacher(**told)

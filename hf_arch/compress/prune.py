@@ -95,7 +95,7 @@ def check(model: PreTrainedModel, shares: dict[str, float]) -> None:
 def planned(model: PreTrainedModel, shares: dict[str, float]) -> tuple[dict, list[Site], list[Stack]]:
     """The fields of the smaller config, but for those of layers, and where parts go."""
     fields, sites = {}, []
-    for kind in shares.keys() & SITES.keys():
+    for kind in [kind for kind in SITES if kind in shares]:
         told, found = SITES[kind](model, shares[kind])
         fields, sites = fields | told, sites + found
     return fields, sites, stacks_of(model, shares["layers"]) if "layers" in shares else []

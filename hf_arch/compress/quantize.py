@@ -51,8 +51,7 @@ def quantize(model: PreTrainedModel, kind: str = "int8") -> PreTrainedModel:
     if getattr(model, "is_quantized", False):
         raise ValueError("The model is quantised already: begin with that in full precision.")
     refuse_adapters(model)
-    if kind not in KINDS:
-        raise ValueError(f"kind {kind!r} is unknown; there are {', '.join(KINDS)}.")
+    check_kind(kind)
     config, state = apart(model)
     with torch.device("meta"):
         empty = type(model)(config)
@@ -62,9 +61,15 @@ def quantize(model: PreTrainedModel, kind: str = "int8") -> PreTrainedModel:
 
 def quantization_config(model: PreTrainedModel, kind: str = "int8") -> "QuantizationConfigMixin":
     """What `from_pretrained(..., quantization_config=)` takes to load a checkpoint in few bits, one matrix after
-    another. `model` has its config, and may be on the device "meta". Stacked experts stay as they are: those of a
-    checkpoint become modules by `quantize` alone."""
+    another. `model` is one of its config, and of its device and dtype, which int4 asks for. Stacked experts stay as
+    they are: those of a checkpoint become modules by `quantize` alone. Raises as `quantize`."""
+    check_kind(kind)
     return KINDS[kind](full_precision(model, kind), model)
+
+
+def check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r} is unknown; there are {', '.join(KINDS)}.")
 
 
 def full_precision(model: nn.Module, kind: str = "int8") -> list[str]:
