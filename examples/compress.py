@@ -88,8 +88,9 @@ def variants(model, windows, folder: Path, steps: int):
     """Names and models."""
     batches = [{name: ids[None] for name, ids in windows[place].items()} for place in range(0, len(windows), 5003)]
     yield "original", model
-    for kind in ("int8", "int4", "nf4"):
+    for kind in ("int8", "nf4"):
         yield kind, quantize(model, kind)
+    yield "int4, bfloat16", quantize(copy.deepcopy(model).bfloat16(), "int4")
     pruned = prune(model, heads=0.5, channels=0.5, batches=batches)
     yield "pruned", pruned
     yield "pruned, trained", fitted(copy.deepcopy(pruned), windows, folder, steps // 4, lr=1e-3)
@@ -107,7 +108,7 @@ def main(arguments: list[str] | None = None) -> dict[str, tuple[int, float, floa
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a causal language model of hf_arch with its tokenizer, a folder or on the Hub")
     parser.add_argument("--text", nargs="+", help="files to learn from and to measure with")
-    parser.add_argument("--steps", type=int, default=400, help="of the first training; later ones have a part of it")
+    parser.add_argument("--steps", type=int, default=300, help="of the first training; later ones have a part of it")
     asked = parser.parse_args(arguments)
     corpus = split("the text", read_files(asked.text) if asked.text else python_manual())
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ def test_compress(monkeypatch, capsys):
     for name, value in small.items():
         monkeypatch.setattr(compress, name, value)
     found = compress.main(["--steps", "8"])
-    kinds = ["original", "int8", "int4", "nf4", "pruned", "pruned, trained", "pruned, distilled"]
+    kinds = ["original", "int8", "nf4", "int4, bfloat16", "pruned", "pruned, trained", "pruned, distilled"]
     assert [*found] == [*kinds, "distilled into RetNet", "ONNX"]
     assert found["nf4"][0] < found["int8"][0] < found["original"][0] > found["pruned"][0]
     assert abs(found["ONNX"][1] - found["original"][1]) < 1e-4 and all(rate > 0 for _, _, rate in found.values())

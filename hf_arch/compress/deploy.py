@@ -157,7 +157,7 @@ def compare(reader: Read, run: Callable, sizes: tuple[tuple[int, int], ...]) -> 
 
 def refusal(model: PreTrainedModel, length: int | None, error: Exception) -> str:
     advice = "" if length else " Give a length: the program is then for texts up to it."
-    return f"{named(model)} is no program for texts of {length or 'any'} tokens: {first_line(error)}{advice}"
+    return f"{named(model)} is no program for texts of {length or 'any number of'} tokens: {first_line(error)}{advice}"
 
 
 def named(model: PreTrainedModel) -> str:

@@ -40,8 +40,9 @@ def quantize(model: PreTrainedModel, kind: str = "int8") -> PreTrainedModel:
     multiplied by, such as those that make filters; norms, biases and convolutions; and of "int4" matrices whose sizes
     are no multiples of 64 numbers and 16 rows. Experts become modules (`config.separate_experts`).
 
-    int4 takes other forms on CPUs and GPUs. That of CPUs is a prototype of torchao's that its files do not know: keep
-    the checkpoint, and quantise after loading. That of GPUs asks for bfloat16. On a CPU few bits save memory, not time.
+    int4 wants a model in bfloat16: a GPU takes no other, and in float32 a CPU is some seventy times slower. The form
+    for CPUs is a prototype of torchao's, which its files do not know: keep the checkpoint, and quantise after loading.
+    On a CPU few bits save memory, not time.
 
     Raises ValueError for a model that is not of hf_arch, has adapters or is quantised, and for an unknown kind;
     ImportError where the library of the kind is not installed.
