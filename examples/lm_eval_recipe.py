@@ -1,8 +1,9 @@
 """lm-eval measures a model of ours: `python examples/lm_eval_recipe.py MODEL`, after `pip install 'hf-arch[evaluate]'`.
 
 MODEL is a folder with a causal language model and its tokenizer, such as hf_arch_demo/retnet/base that `hf-arch demo`
-writes. The tasks are two of our own, in files that this script writes, so that nothing is downloaded; those of lm-eval
-run the same way, by their names in `tasks` and with a TaskManager of its defaults.
+writes. The tasks are three of our own, one of each kind that lm-eval knows, in files that this script writes, so that
+nothing is downloaded; those of lm-eval run the same way, by their names in `tasks` and with a TaskManager of its
+defaults.
 """
 
 import json
@@ -43,6 +44,17 @@ doc_to_text: ""
 doc_to_target: "{{{{question}}}}"
 metric_list: [{{metric: bits_per_byte}}]
 """
+ANSWER = """
+task: local_answer
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{choices[answer]}}}}"
+generation_kwargs: {{until: ["."], max_gen_toks: 8, do_sample: false}}
+metric_list: [{{metric: exact_match, ignore_punctuation: true}}]
+"""
 
 
 def evaluate(source: str) -> dict[str, dict]:
@@ -55,11 +67,14 @@ def evaluate(source: str) -> dict[str, dict]:
     with TemporaryDirectory() as folder:
         data = Path(folder, "documents.jsonl")
         data.write_text("\n".join(json.dumps(document) for document in DOCUMENTS))
-        for name, task in (("choice", CHOICE), ("text", ROLLING)):
+        for name, task in (("choice", CHOICE), ("text", ROLLING), ("answer", ANSWER)):
             Path(folder, f"{name}.yaml").write_text(task.format(data=data))
         tasks = TaskManager(include_path=folder, include_defaults=False)
         found = lm_eval.simple_evaluate(
-            model=model, tasks=["local_choice", "local_text"], task_manager=tasks, bootstrap_iters=0
+            model=model,
+            tasks=["local_choice", "local_text", "local_answer"],
+            task_manager=tasks,
+            bootstrap_iters=0,
         )
     return found["results"]
 

@@ -11,17 +11,22 @@ from hf_arch.distill import distill
 from hf_arch.export import export, push_to_hub
 from hf_arch.groups import parameter_groups
 from hf_arch.lora import lora_config, register_targets
+from hf_arch.multitask import MultiTaskModel, TaskBatches, share_weights
 from hf_arch.parallel_windows import parallel_windows
-from hf_arch.registration import register
+from hf_arch.question_answering import QuestionAnsweringPipeline, answer_features
+from hf_arch.registration import register, register_pipeline
 from hf_arch.states import fork, load_state, save_state
 from hf_arch.upcycle import upcycle
+from hf_arch.uptrain import uptrain
 
 register()
+register_pipeline()
 register_targets()
 
 LATER = {  # transformers' Trainer and collators take seconds to import
     "ContrastiveCollator": "collators",
     "ContrastiveTrainer": "contrastive",
+    "MixerTrainer": "mixer_fitting",
     "PrefixLMCollator": "collators",
     "RoutingCallback": "routing",
     "RoutingStatistics": "routing",
@@ -49,14 +54,19 @@ __all__ = [
     "Architecture",
     "ContrastiveCollator",
     "ContrastiveTrainer",
+    "MixerTrainer",
+    "MultiTaskModel",
     "PrefixLMCollator",
+    "QuestionAnsweringPipeline",
     "RoutingCallback",
     "RoutingStatistics",
     "Segments",
     "SentenceMaskCollator",
     "SpanCorruptionCollator",
     "StatefulTrainer",
+    "TaskBatches",
     "WholeWordMaskCollator",
+    "answer_features",
     "contrastive_loss",
     "byte_tokenizer",
     "convert",
@@ -75,6 +85,8 @@ __all__ = [
     "register_attention",
     "routing_statistics",
     "save_state",
+    "share_weights",
     "upcycle",
+    "uptrain",
     "window_cache",
 ]

@@ -122,7 +122,7 @@ ARCHITECTURES = (
         family="state_space",
         title="Hybrid (Samba, Jamba)",
         paper="arXiv:2406.07522",
-        lora_targets=("q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "x_proj", "dt_proj", "out_proj")
+        lora_targets=("q_proj", "k_proj", "v_proj", "g_proj", "o_proj", "in_proj", "x_proj", "dt_proj", "out_proj")
         + ("gate_proj", "up_proj", "down_proj"),
         tiny={"sliding_window": 9, "mixer_options": {"s6": {"state_size": 8}}},
         exceptions={

@@ -1,4 +1,4 @@
-"""`hf-arch list | describe | demo | convert | export | bench | evaluate`."""
+"""`hf-arch list | describe | demo | convert | export | serve | bench | evaluate`."""
 
 import argparse
 import importlib
@@ -56,6 +56,11 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("model", metavar="MODEL", help="a folder that save_pretrained wrote")
     command.add_argument("folder", metavar="FOLDER", help="where to write the model with its code and card")
     command.add_argument("--push", metavar="USER/REPO", help="push it to the Hub as well")
+
+    # No prefix marks an option here: all of them, --help too, are those of `transformers serve`
+    command = commands.add_parser("serve", add_help=False, prefix_chars="\0", help="an OpenAI server of a saved model")
+    command.set_defaults(command=serve)
+    command.add_argument("arguments", nargs="*")
 
     add_bench(commands)
     add_evaluate(commands)
@@ -128,6 +133,10 @@ def export_checkpoint(options: argparse.Namespace) -> None:
     print(f"Exported to {export(options.model, options.folder)}")
     if options.push is not None:
         print(f"Pushed to {push_to_hub(options.folder, options.push)}")
+
+
+def serve(options: argparse.Namespace) -> None:
+    importlib.import_module("hf_arch.serve").run(options.arguments)  # not at the top: it takes seconds to import
 
 
 def bench(options: argparse.Namespace) -> None:

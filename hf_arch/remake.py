@@ -9,12 +9,18 @@ from transformers import PreTrainedModel
 from hf_arch.modeling.skeleton.config import ArchConfig
 
 
-def remade(model: PreTrainedModel, config: ArchConfig, state: dict[str, torch.Tensor], **options) -> PreTrainedModel:
-    """A model of the class of `model`, of the config and the state, on its device, in its dtype and mode, and with its
-    generation config. `options` are further ones of `from_pretrained`."""
+def remade(
+    model: PreTrainedModel,
+    config: ArchConfig,
+    state: dict[str, torch.Tensor],
+    model_class: type[PreTrainedModel] | None = None,
+    **options,
+) -> PreTrainedModel:
+    """A model of the class, by default that of `model`, of the config and the state, that is used as `model` is: its
+    type of numbers, device, mode and generation config. `options` are further ones of `from_pretrained`."""
     options |= {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
     options.setdefault("device_map", {"": model.device})
-    made = type(model).from_pretrained(None, config=config, state_dict=state, **options)
+    made = (model_class or type(model)).from_pretrained(None, config=config, state_dict=state, **options)
     if model.can_generate():
         made.generation_config = copy.deepcopy(model.generation_config)
     return made.train(model.training)
@@ -29,4 +35,4 @@ def changed(config: ArchConfig, fields: dict) -> ArchConfig:
 
 def refuse_adapters(model: nn.Module) -> None:
     if any("lora_" in name for name, _ in model.named_parameters()):
-        raise ValueError("An adapter is part of the model: merge it first, with merge_and_unload().")
+        raise ValueError("An adapter is part of the weights: merge it first, with merge_and_unload().")

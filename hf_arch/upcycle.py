@@ -40,9 +40,7 @@ def upcycle(
 
     Raises ValueError for a model that has experts, adapters, or biases in its feed-forwards, and where no layer fits.
     """
-    refuse_adapters(model)
-    if not isinstance(model.config, ArchConfig):
-        model = from_original(model)
+    model = as_ours(model)
     made = check_kind(model.config, kind)
     types, replaced = layers_of(model, None if layers is None else list(layers), kind)
     fields |= types | {"num_local_experts": experts, "num_experts_per_tok": experts_per_token}
@@ -58,6 +56,12 @@ def upcycle(
                 copied.add_(noise * weight.std() * torch.randn_like(copied))
     state = {name: tensor.clone() for name, tensor in state.items()} | copies
     return filled(model, config, state, NEARLY_EVEN if larger != 1 else 1.0)
+
+
+def as_ours(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, or what it is in hf_arch. Raises ValueError where adapters are part of its weights."""
+    refuse_adapters(model)
+    return model if isinstance(model.config, ArchConfig) else from_original(model)
 
 
 def filled(model: PreTrainedModel, config: ArchConfig, state: dict[str, torch.Tensor], small: float) -> PreTrainedModel:

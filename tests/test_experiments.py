@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch.nn.functional import one_hot
 
-from benchmarks.experiments import context, evaluation_speed, induction, levels, page, passkey, recall
+from benchmarks.experiments import balance, context, evaluation_speed, induction, levels, page, passkey, recall
 from benchmarks.experiments.contenders import CONTENDERS, chosen
-from benchmarks.experiments.experiment import Experiment, keep, load, main
+from benchmarks.experiments.experiment import Experiment, keep, main
+from benchmarks.experiments.record import load
 from benchmarks.experiments.training import IGNORED, Batch, Schedule, accuracy, answers, train
 from hf_arch import ARCHITECTURES
 
@@ -220,9 +221,11 @@ def test_each_runs_and_is_recorded(name, tmp_path, capsys):
 
 def test_a_memory_is_quicker_to_evaluate_with(tmp_path, capsys):
     evaluation_speed.main(["--lengths", "192", "--rounds", "1", "--output", str(tmp_path)])
-    at = evaluation_speed.load(tmp_path)["milliseconds"]["192"]
+    at = load("evaluation_speed", tmp_path)["milliseconds"]["192"]
     assert at["memory"] < at["window"] / 5
-    assert f"| {at['window']:.0f} | {at['memory']:.2f} |" in evaluation_speed.section(evaluation_speed.load(tmp_path))
+    assert f"| {at['window']:.0f} | {at['memory']:.2f} |" in evaluation_speed.section(
+        load("evaluation_speed", tmp_path)
+    )
     with pytest.raises(SystemExit):
         evaluation_speed.main(["--lengths", "100"])
     assert "more than the 128 tokens" in capsys.readouterr().err
@@ -230,7 +233,7 @@ def test_a_memory_is_quicker_to_evaluate_with(tmp_path, capsys):
 
 def test_levels_are_timed(tmp_path):
     levels.main(["--lengths", "2048", "--rounds", "1", "--output", str(tmp_path)])
-    found = levels.load(tmp_path)
+    found = load("levels", tmp_path)
     assert found["turns"]["whole"] > 2 * found["turns"]["10"]
     assert f"| 2048 | {found['seconds']['2048']['two']:.2f} |" in levels.section(found)
     assert "Not run yet" in levels.section(None)
@@ -251,3 +254,15 @@ def test_seeds_are_told_as_mean_and_range(tmp_path):
 
 def test_the_page_is_rendered_from_what_was_recorded():
     assert page.PAGE.read_text() == page.page() + "\n", "run: python -m benchmarks.experiments.page"
+
+
+def test_balance_is_measured(tmp_path, monkeypatch):
+    nothing, biased = "DeepSeek: nothing", "DeepSeek: a bias that follows the load (0.001)"
+    row, fields = balance.WAYS[biased]
+    quick = {nothing: balance.WAYS[nothing], biased: (row, fields | {"router_bias_update_rate": 0.01})}
+    monkeypatch.setattr(balance, "WAYS", quick)
+    balance.main(["--steps", "30", "--output", str(tmp_path)])
+    found = load("balance", tmp_path)
+    assert found["ways"][biased]["busiest"] < found["ways"][nothing]["busiest"]
+    assert f"| {biased} | {found['ways'][biased]['busiest']:.2f} |" in balance.section(found)
+    assert "Not run yet" in balance.section(None)

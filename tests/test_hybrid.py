@@ -43,7 +43,7 @@ def test_a_stack_of_guests_is_the_architecture_they_come_from(kind):
         ({"mixer_options": {"s6": {"states": 3}}}, "mixer_options of s6 has states, which is no choice of a mixer"),
         ({"layer_types": ["rwkv7"] * 2, "mixer_options": {"rwkv7": {"value_residual": True}}}, "has value_residual"),
         ({"mixer_options": {"s6": {"state_size": 0}}}, "In the mixers of type s6: state_size is 0"),
-        ({"layer_types": ["s6", "lstm"]}, "lstm; hf_arch_hybrid knows full_attention, sliding_attention, retention"),
+        ({"layer_types": ["s6", "lstm"]}, "lstm; hf_arch_hybrid knows full_attention, sliding_attention, sink"),
         ({"direction": "bidirectional"}, "A hybrid is causal"),
     ],
 )

@@ -29,7 +29,7 @@ VARIANTS = {
     "hybrid": {
         "jamba": {"layer_types": ["ssd", "full_attention"], "feed_forward_types": ["gated", "sparse"]}
         | {"position_type": "none", "num_local_experts": 4, "mixer_options": {"ssd": {"state_size": 8}}},
-        "attention_first": {"layer_types": ["full_attention", "retention"], "mixer_options": None},
+        "attention_first": {"layer_types": ["full_attention", "sink_attention"], "mixer_options": None},
     },
     "h3": {
         "hybrid": {"layer_types": ["h3", "full_attention"], "state_head_dim": 1, "state_size": 20},

@@ -3,7 +3,6 @@
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache
 
-from benchmarks.experiments.experiment import RESULTS
+from benchmarks.experiments.record import RESULTS, write
 from hf_arch import find
 from hf_arch.bench.results import rounded, this_machine
 from hf_arch.bench.settings import Settings
@@ -58,11 +57,6 @@ def measure(length: int, rounds: int) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in found.items()}
 
 
-def load(folder: Path = RESULTS) -> dict | None:
-    path = folder / f"{NAME}.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
 def section(found: dict | None) -> str:
     """Of the page of experiments."""
     parts = [
@@ -100,10 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     for length in options.lengths:
         found["milliseconds"][str(length)] = at = measure(length, options.rounds)
         print(f"{length:6}  window {at['window']:.0f} ms  memory {at['memory']:.2f} ms a token", flush=True)
-    options.output.mkdir(parents=True, exist_ok=True)
-    part = options.output / f"{NAME}.part"
-    part.write_text(json.dumps(rounded(found)) + "\n")
-    os.replace(part, options.output / f"{NAME}.json")
+    write(NAME, json.dumps(rounded(found)), options.output)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -11,11 +10,10 @@ import torch
 from torch import nn
 
 from benchmarks.experiments.contenders import Contender, chosen
+from benchmarks.experiments.record import RESULTS, load, write
 from benchmarks.experiments.training import Make, Schedule, accuracy, train
 from hf_arch.bench.results import rounded, this_machine
 from hf_arch.bench.settings import Settings as MachineSettings
-
-RESULTS = Path(__file__).parents[1] / "results" / "experiments"
 
 
 @dataclass(frozen=True)
@@ -78,17 +76,9 @@ class Experiment:
 def keep(name: str, run: dict, folder: Path) -> None:
     """Add a run to the experiment's file; it takes the place of an earlier one of the same model, size and seed."""
     identity = ("architecture", "size", "seed")
-    runs = [old for old in load(name, folder) if any(old[key] != run[key] for key in identity)]
+    runs = [old for old in load(name, folder) or () if any(old[key] != run[key] for key in identity)]
     runs = sorted([*runs, rounded(run)], key=lambda run: [str(run[key]) for key in ("size", "architecture", "seed")])
-    folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{name}.part"
-    part.write_text("[\n" + ",\n".join(json.dumps(run) for run in runs) + "\n]\n")  # a line for each run
-    os.replace(part, folder / f"{name}.json")
-
-
-def load(name: str, folder: Path = RESULTS) -> list[dict]:
-    path = folder / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else []
+    write(name, "[\n" + ",\n".join(json.dumps(run) for run in runs) + "\n]", folder)  # a line for each run
 
 
 def main(experiment: Experiment, arguments: Sequence[str] | None = None) -> None:

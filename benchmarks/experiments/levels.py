@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.experiments.experiment import RESULTS
+from benchmarks.experiments.record import RESULTS, write
 from hf_arch import find
 from hf_arch.bench.results import rounded, this_machine
 from hf_arch.bench.settings import Settings
@@ -64,11 +63,6 @@ def by_turn(rounds: int) -> dict[str, float]:
     return in_turns(runs, rounds)
 
 
-def load(folder: Path = RESULTS) -> dict | None:
-    path = folder / f"{NAME}.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
 def section(found: dict | None) -> str:
     """Of the page of experiments."""
     parts = [
@@ -110,10 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
     for length in options.lengths:
         found["seconds"][str(length)] = at = by_length(length, options.rounds)
         print(f"{length:6}  " + "  ".join(f"{name} {seconds:.2f} s" for name, seconds in at.items()), flush=True)
-    options.output.mkdir(parents=True, exist_ok=True)
-    part = options.output / f"{NAME}.part"
-    part.write_text(json.dumps(rounded(found)) + "\n")
-    os.replace(part, options.output / f"{NAME}.json")
+    write(NAME, json.dumps(rounded(found)), options.output)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.experiments import (
+    balance,
     context,
     duplication,
     evaluation_speed,
@@ -16,7 +17,8 @@ from benchmarks.experiments import (
     recall,
     selective_copying,
 )
-from benchmarks.experiments.experiment import RESULTS, Experiment, load
+from benchmarks.experiments.experiment import Experiment
+from benchmarks.experiments.record import RESULTS, load
 
 EXPERIMENTS = tuple(
     module.EXPERIMENT for module in (induction, recall, duplication, hash_rounds, selective_copying, passkey, context)
@@ -35,8 +37,8 @@ with learning rates that were searched for: what should be compared is who solve
 
 
 def page(folder: Path = RESULTS) -> str:
-    trained = [section(experiment, load(experiment.name, folder)) for experiment in EXPERIMENTS]
-    timed = [module.section(module.load(folder)) for module in (evaluation_speed, levels)]
+    trained = [section(experiment, load(experiment.name, folder) or ()) for experiment in EXPERIMENTS]
+    timed = [module.section(load(module.NAME, folder)) for module in (evaluation_speed, levels, balance)]
     return "\n\n".join([INTRODUCTION, *trained, *timed])
 
 

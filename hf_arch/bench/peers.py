@@ -62,6 +62,12 @@ PEERS = (
         MIXTRAL | EXPERTS["batched_mm"],
         measures=DECODE,
     ),
+    Peer(
+        "dense_active",  # ours, whose feed-forwards are as large as the two experts that a token takes
+        "mixtral",
+        "hugging_face:Ours",
+        {"row": "transformer", "head": "ForCausalLM", "fields": {"intermediate_size": 2048}},
+    ),
     Peer("deepseek_v3", "deepseek", "hugging_face:DeepSeek", DEEPSEEK),
     Peer(
         "dense_transformer",  # ours, of the same sizes

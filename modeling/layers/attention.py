@@ -13,6 +13,36 @@ from .mixer import Mixer
 from .record import AttentionWeights, CrossAttentionWeights
 
 
+class AttentionKernel(nn.Module):
+    """The kernel that the user chose, called as transformers' own models call it: query [batch, heads, queries, dim]
+    -> ([batch, queries, heads, dim], weights or None).
+
+    A module of its own, whose `forward` names that call: an engine that keeps keys and values itself (vLLM) looks for
+    it there, and puts its own attention in the place of each. What the engine answers may have lost the shape.
+    """
+
+    def __init__(self, mixer: Mixer):
+        super().__init__()
+        for name in ("config", "layer_idx", "is_causal", "num_key_value_groups", "sliding_window"):
+            setattr(self, name, getattr(mixer, name))
+        self.scaling, self.dropout = mixer.scaling, mixer.attention_dropout
+
+    def forward(self, query, key, value, attention_mask, **kwargs):
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        return output.reshape(len(query), query.shape[2], -1, value.shape[-1]), weights
+
+
 class Attention(Mixer):
     """softmax(q k^T / sqrt(dim) + bias) v over what the mask shows; groups of query heads may share a key and value
     head (Vaswani et al., 2017; multi-query: arXiv:1911.02150; grouped-query: arXiv:2305.13245)."""
@@ -35,7 +65,7 @@ class Attention(Mixer):
             setattr(self, name, nn.Linear(config.hidden_size, heads * self.head_dim, bias=config.attention_bias))
         width = config.num_attention_heads * self.head_dim
         self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
-        self.weights = self.weights_class()
+        self.weights, self.attention = self.weights_class(), AttentionKernel(self)
 
     def forward(
         self,
@@ -62,19 +92,7 @@ class Attention(Mixer):
         return self.o_proj(output.flatten(-2))
 
     def attend(self, query, key, value, attention_mask, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """([batch, queries, heads, dim], weights or None) by the kernel that the user chose."""
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        return attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
+        return self.attention(query, key, value, attention_mask, **kwargs)
 
     def block_options(self) -> dict:
         """How an op that attends in blocks is called: by the kernel that the user chose."""
@@ -106,7 +124,7 @@ class CrossAttention(Attention):
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.sliding_window = None
+        self.sliding_window = self.attention.sliding_window = None
 
     def forward(
         self,

@@ -6,7 +6,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from ..ops.latent_attention import absorbed_latent_attention, absorbing_is_less_work, expanded_latent_attention
-from .attention import Attention
+from .attention import Attention, AttentionKernel
 from .derived import Derived
 from .mixer import Mixer
 from .norm import RMSNorm
@@ -79,7 +79,7 @@ class LatentAttention(Mixer):
         self.kv_a_norm = RMSNorm(rank, LATENT_NORM_EPS)
         self.expansion = LatentExpansion(rank, heads, self.nope, self.dim)
         self.o_proj = nn.Linear(heads * self.dim, size, bias=biased)
-        self.weights = AttentionWeights()
+        self.weights, self.attention = AttentionWeights(), AttentionKernel(self)
 
     def forward(
         self,

@@ -22,7 +22,7 @@ from ..layers.residual import PreNorm, Residual
 from ..layers.sparse import SPARSE_FEED_FORWARDS
 from ..layers.training_buffer import follow_optimizers, watch_training_buffers
 from ..layers.view import View
-from .checks import check_checkpointing, check_inputs
+from .checks import attends_by_itself, check_checkpointing, check_engine, check_inputs
 from .config import ArchConfig
 from .masks import MASKS, all_straight, count_positions, key_positions, number_documents
 from .pretrained import ArchPreTrainedModel
@@ -146,6 +146,8 @@ class Backbone(ArchPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
         check_inputs(self.config, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values)
+        if attends_by_itself(self.config):
+            check_engine(self.config, self.embed_positions.biased, reads_source=self.cross_attention is not None)
         if self.training:
             watch_training_buffers(self)
             if self.gradient_checkpointing and past_key_values is not None:
@@ -208,9 +210,11 @@ class Backbone(ArchPreTrainedModel):
         self, inputs_embeds, attention_mask, past_key_values, position_ids, **context
     ) -> dict[str, torch.Tensor | None]:
         """One mask per layer type in use, shared by its layers, the positions of its keys where a bias asks for them,
-        and the documents where a sub-layer does. generate() may hand them over ready."""
+        and the documents where a sub-layer does. generate() may hand them over ready; an engine asks for none."""
         if isinstance(attention_mask, dict):
             return attention_mask
+        if attention_mask is None and attends_by_itself(self.config):
+            return dict.fromkeys(self.kinds)
         told = {"attention_mask": attention_mask, "past_key_values": past_key_values, "position_ids": position_ids}
         makers, masks = MASKS | self.masks, {}
         for kind, layer_idx in self.kinds.items():

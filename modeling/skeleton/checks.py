@@ -12,6 +12,11 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
 )
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from ..layers.sparse import SPARSE_FEED_FORWARDS
+
+KNOWN_TO_ENGINES = ("full_attention", "sliding_attention", "bidirectional_attention")
 
 
 def check_inputs(config, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values) -> None:
@@ -41,6 +46,34 @@ def check_inputs(config, input_ids, inputs_embeds, attention_mask, position_ids,
                 f"Token ids go from {int(low)} to {int(high)}, but the vocabulary has {config.vocab_size} entries: the "
                 "tokenizer is of another model, or resize_token_embeddings is needed."
             )
+
+
+def attends_by_itself(config) -> bool:
+    """Whether the attention is an engine's own: it keeps keys and values, and says who sees whom, without our masks."""
+    return config._attn_implementation not in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys()
+
+
+def check_engine(config, biased: bool, reads_source: bool) -> None:
+    """Raise a ValueError where an engine that attends by itself would answer something else than the model: it knows
+    whole texts and windows, a memory for each layer, scores to which nothing is added, and vLLM the experts of Mixtral.
+    """
+    engine, kinds = config._attn_implementation, sorted(set(config.layer_types) - set(KNOWN_TO_ENGINES))
+    plain = config.hidden_act == "silu" and config.eval_capacity_factor is None
+    others = not plain or set(config.feed_forward_types) & (SPARSE_FEED_FORWARDS.keys() - {"sparse"})
+    reasons = {
+        f"it has layers of type {', '.join(kinds)}": kinds,
+        "a bias of positions is added to its scores": biased,
+        "it reads a source": reads_source,
+        "its layers share parameters": len(set(config.layer_groups)) < len(config.layer_groups),
+        "its experts are not Mixtral's, with silu and room for all": engine.startswith("vllm")
+        and config.has_experts
+        and others,
+    }
+    if found := [reason for reason, holds in reasons.items() if holds]:
+        raise ValueError(
+            f"The attention {engine!r} cannot serve this {config.model_type}: {'; '.join(found)}. `hf-arch serve` "
+            "serves every decoder."
+        )
 
 
 def check_checkpointing(layers: Iterable[nn.Module]) -> None:

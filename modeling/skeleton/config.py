@@ -84,6 +84,8 @@ class ArchConfig(ExpertConfig):
         self.base_model_tp_plan = self.stack_tp_plan()
         if self.has_experts:
             self.base_model_ep_plan = self.expert_ep_plan()
+        else:
+            self.router_aux_loss_coef = 0.0  # by which trl knows that there are no routers to ask
         super().__post_init__(**kwargs)
 
     def mixer_tp_plan(self) -> dict[str, str]:
@@ -215,3 +217,25 @@ class AttentionConfig(ArchConfig):
         for name in ("short_factor", "long_factor") if rope["rope_type"] == "longrope" else ():
             if self.head_dim and len(rope[name]) != self.head_dim // 2:
                 raise ValueError(f"{name} has {len(rope[name])} numbers for the {self.head_dim // 2} pairs of a head.")
+
+
+@strict
+class SinkAttentionConfig(AttentionConfig):
+    """What layers of type `"sink_attention"` ask beside it.
+
+    num_sink_tokens (`int`, defaults to 4):
+        The first tokens of a text, which all later ones see beside the last `sliding_window`.
+    """
+
+    num_sink_tokens: int = 4
+
+    def causal_window(self, layer_idx: int) -> tuple[int, int, int]:
+        """What such a layer sees: window, dilation, first tokens."""
+        return self.sliding_window, 1, self.num_sink_tokens
+
+    def validate_architecture(self):
+        super().validate_architecture()
+        if "sink_attention" in self.layer_types and not (self.sliding_window and self.sliding_window > 1):
+            raise ValueError("Layers of type sink_attention need a sliding_window of at least 2.")
+        if self.num_sink_tokens < 0:
+            raise ValueError(f"num_sink_tokens is {self.num_sink_tokens}; it must not be negative.")

@@ -49,6 +49,8 @@ class ExpertConfig(PreTrainedConfig):
         whether the model answers with the logits and choices of its routers, and adds those losses.
     """
 
+    attribute_map = {"num_experts": "num_local_experts"}  # as of transformers' Mixtral: tools ask for either
+
     num_local_experts: int | None = None
     num_experts_per_tok: int = 2
     moe_intermediate_size: int | None = None

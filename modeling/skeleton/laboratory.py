@@ -8,6 +8,7 @@ from ..layers.positions import (
     LearnedPositions,
     NoPositions,
     RotaryEmbedding,
+    SinkRotaryEmbedding,
     SinusoidalPositions,
     T5Bias,
     XPosRotaryEmbedding,
@@ -29,11 +30,17 @@ POSITIONS = {
 }
 
 
+def positions_of(config: ArchConfig) -> type[nn.Module]:
+    """What `config.position_type` names. Where layers see sinks, a rotation also says how they are asked."""
+    sinks = "sink_attention" in config.layer_types and config.position_type == "rope"
+    return SinkRotaryEmbedding if sinks else POSITIONS[config.position_type]
+
+
 class Laboratory(Backbone):
     """`config.norm_type`, `config.residual_type` and `config.position_type` fill the slots of the stack."""
 
     def __init__(self, config: ArchConfig):
         self.norm_class = NORMS[config.norm_type]
         self.residual = WIRINGS[config.residual_type]
-        self.positions = POSITIONS[config.position_type]
+        self.positions = positions_of(config)
         super().__init__(config)

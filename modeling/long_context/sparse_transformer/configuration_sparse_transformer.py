@@ -5,12 +5,12 @@ from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 
-from ...skeleton.config import AttentionConfig
+from ...skeleton.config import SinkAttentionConfig
 from ...skeleton.expert_config import SPARSE
 
 
 @strict
-class ArchSparseTransformerConfig(AttentionConfig):
+class ArchSparseTransformerConfig(SinkAttentionConfig):
     """The default is a GPT-3: dense layers and locally banded ones in turn.
 
     layer_types (`list[str]`, *optional*):
@@ -54,7 +54,6 @@ class ArchSparseTransformerConfig(AttentionConfig):
     summary_columns: int = 8
     dilated_segments: list[int] | None = None
     dilations: list[int] | None = None
-    num_sink_tokens: int = 4
     retrieved_blocks: int = 8
     retrieval_block_size: int = 64
     attention_scaling: float | int | None = None
@@ -80,14 +79,8 @@ class ArchSparseTransformerConfig(AttentionConfig):
     def turns_pairs(self) -> bool:
         return self.position_type == "rope"
 
-    def causal_window(self, layer_idx: int) -> tuple[int, int, int]:
-        """What a layer of type `"sink_attention"` sees: window, dilation, first tokens."""
-        return self.sliding_window, 1, self.num_sink_tokens
-
     def validate_architecture(self):
         super().validate_architecture()
-        if "sink_attention" in self.layer_types and not (self.sliding_window and self.sliding_window > 1):
-            raise ValueError("Layers of type sink_attention need a sliding_window of at least 2.")
         if "retrieval_attention" in self.layer_types and not (
             self.sliding_window and 1 <= self.retrieval_block_size <= self.sliding_window and self.retrieved_blocks > 0
         ):
@@ -95,8 +88,6 @@ class ArchSparseTransformerConfig(AttentionConfig):
                 f"Layers of type retrieval_attention need a retrieval_block_size, {self.retrieval_block_size}, between "
                 f"1 and sliding_window, {self.sliding_window}, and retrieved_blocks, {self.retrieved_blocks}, above 0."
             )
-        if self.num_sink_tokens < 0:
-            raise ValueError(f"num_sink_tokens is {self.num_sink_tokens}; it must not be negative.")
         if self.stride < 1 or not 1 <= self.summary_columns <= self.stride:
             raise ValueError(
                 f"summary_columns {self.summary_columns} is not between 1 and stride {self.stride}: they are the last "

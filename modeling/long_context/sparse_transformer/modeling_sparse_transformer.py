@@ -5,13 +5,12 @@ from torch import nn
 
 from ...layers.attention import Attention, SlidingAttention
 from ...layers.pattern_attention import DilatedAttention, FixedAttention, StridedAttention
-from ...layers.positions import SinkRotaryEmbedding
 from ...layers.retrieval_attention import RetrievalAttention
 from ...layers.window_attention import CausalWindowAttention
 from ...skeleton.backbone import Backbone
 from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
 from ...skeleton.heads import CausalLM
-from ...skeleton.laboratory import POSITIONS
+from ...skeleton.laboratory import positions_of
 from ...skeleton.pattern_masks import pattern_mask
 from .configuration_sparse_transformer import ArchSparseTransformerConfig
 
@@ -35,8 +34,7 @@ class ArchSparseTransformerModel(Backbone):
     masks = {kind: pattern_mask(mixer) for kind, mixer in PATTERN_MIXERS.items()}
 
     def __init__(self, config: ArchSparseTransformerConfig):
-        sinks = "sink_attention" in config.layer_types and config.position_type == "rope"
-        self.positions = SinkRotaryEmbedding if sinks else POSITIONS[config.position_type]
+        self.positions = positions_of(config)
         super().__init__(config)
 
 

@@ -7,7 +7,7 @@ from huggingface_hub.errors import StrictDataclassError
 from ...dense.transformer.configuration_transformer import ArchTransformerConfig
 from ...layers.cache import RECURRENT
 from ...long_context.performer.configuration_performer import ArchPerformerConfig
-from ...skeleton.config import ArchConfig
+from ...skeleton.config import ArchConfig, SinkAttentionConfig
 from ..h3.configuration_h3 import ArchH3Config
 from ..hyena.configuration_hyena import ArchHyenaConfig
 from ..retnet.configuration_retnet import ArchRetNetConfig
@@ -23,6 +23,7 @@ CONFIGS: dict[str, type[ArchConfig]] = {
     kind: config for config in GUEST_CONFIGS for kind in config.layer_kinds if kind in RECURRENT
 }
 FIXED = {"rwkv7": {"value_residual": False}}  # what is no choice for mixers that stand among others
+SINK_POSITIONS = ("none", "sinusoidal", "learned", "rope")  # that attention to sinks can tell
 # What a stack and the mixers in it have in common
 SHARED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
 SHARED += ("norm_eps", "max_position_embeddings", "initializer_range", "hidden_dropout", "attention_dropout")
@@ -30,12 +31,13 @@ SHARED += ("attention_bias", "mlp_bias", "pad_token_id")
 
 
 @strict
-class ArchHybridConfig(ArchTransformerConfig):
+class ArchHybridConfig(ArchTransformerConfig, SinkAttentionConfig):
     """The choices of the Transformer, for a causal stack whose `layer_types` name any of the mixers.
 
     layer_types (`list[str]`, *optional*):
-        `"full_attention"`, `"sliding_attention"`, or the layer type of another architecture, such as `"s6"`; by default
-        S6 and windows in turn, as in Samba.
+        `"full_attention"`; `"sliding_attention"`; `"sink_attention"`, the last `sliding_window` tokens and the first
+        `num_sink_tokens`; or the layer type of another architecture, such as `"s6"`. By default S6 and windows in turn,
+        as in Samba.
     mixer_options (`dict[str, dict]`, *optional*):
         What the mixers of other architectures are told beside the sizes of the stack: for a layer type, fields of its
         architecture's config, such as `{"s6": {"state_size": 16}}`.
@@ -44,7 +46,7 @@ class ArchHybridConfig(ArchTransformerConfig):
     """
 
     model_type = "hf_arch_hybrid"
-    layer_kinds = ("full_attention", "sliding_attention", *CONFIGS)
+    layer_kinds = ("full_attention", "sliding_attention", "sink_attention", *CONFIGS)
     layer_kinds_of = {"causal": layer_kinds}
     feed_forward_kinds = (*ArchConfig.feed_forward_kinds, "none")
 
@@ -68,6 +70,11 @@ class ArchHybridConfig(ArchTransformerConfig):
         if self.direction != "causal":
             raise ValueError(f"A hybrid is causal: direction cannot be {self.direction!r}.")
         super().validate_architecture()
+        if "sink_attention" in self.layer_types and self.position_type not in SINK_POSITIONS:
+            raise ValueError(
+                f"Layers of type sink_attention know no positions of type {self.position_type!r}; position_type is one "
+                f"of {', '.join(SINK_POSITIONS)}."
+            )
         guests, told = set(self.layer_types) & set(CONFIGS), self.mixer_options or {}
         if unused := sorted(set(told) - guests):
             raise ValueError(

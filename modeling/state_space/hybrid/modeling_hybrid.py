@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from ...layers.attention import Attention, SlidingAttention
 from ...layers.mixer import Mixer
+from ...layers.window_attention import CausalWindowAttention
 from ...long_context.performer.modeling_performer import ArchPerformerModel
 from ...skeleton.classifiers import QuestionAnswering, SequenceClassification, TokenClassification
 from ...skeleton.heads import CausalLM
@@ -31,8 +32,11 @@ def guest(kind: str, mixer: type[Mixer]) -> Callable[[ArchHybridConfig, int], Mi
 
 class ArchHybridModel(Laboratory):
     config: ArchHybridConfig
-    mixers = {"full_attention": Attention, "sliding_attention": SlidingAttention} | {
-        kind: guest(kind, mixer) for kind, mixer in MIXERS.items()
+    mixers = {
+        "full_attention": Attention,
+        "sliding_attention": SlidingAttention,
+        "sink_attention": CausalWindowAttention,
+        **{kind: guest(kind, mixer) for kind, mixer in MIXERS.items()},
     }
 
 
