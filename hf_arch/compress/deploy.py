@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from hf_arch.compress.needs import need
 
-TRACED = 2, 150  # batch and length of the example that is followed
-OTHERS = (2, 90), (3, 201)  # of those at which what was made is compared with the model
+TRACED = 1, 150  # batch and length of the example that is followed
+OTHERS = (1, 90), (1, 201)  # of those at which what was made is compared with the model
 NEAR = 1e-4  # of the largest number of the answer
 
 
@@ -43,15 +43,14 @@ class ReadAndAnswer(Read):
 
 @torch.no_grad()
 def to_program(model: PreTrainedModel, length: int | None = None) -> ExportedProgram:
-    """`model` as a program of torch.export: input_ids [batch, length] (and decoder_input_ids, where it has a decoder
+    """`model` as a program of torch.export: input_ids [1, length] (and decoder_input_ids, where it has a decoder
     beside its encoder) -> the first of what the model answers, logits or hidden states. Example:
 
         program = hf_arch.compress.to_program(model)
         logits = program.module()(input_ids)
         torch.export.save(program, "model.pt2")
 
-    Texts of a batch are as long as each other. A program is for any batch and length; or, where a `length` is given,
-    for one text of exactly so many tokens: in a causal model, for any text up to it, filled up with whatever tokens,
+    A program reads one text, of any length; or, where a `length` is given, of exactly so many tokens: in a causal model, for any text up to it, filled up with whatever tokens,
     since later ones change nothing. That is the way for what works in chunks, buckets or choices: Python counts them
     while the program is written, and it would hold their number for one length. Before it is answered, the program is
     compared with the model at other lengths.
@@ -70,7 +69,7 @@ def to_onnx(model: PreTrainedModel, path: str | Path, length: int | None = None)
 
         hf_arch.compress.to_onnx(model, "model.onnx")
         session = onnxruntime.InferenceSession("model.onnx")
-        (logits,) = session.run(None, {"input_ids": ids})  # int64, [batch, length]
+        (logits,) = session.run(None, {"input_ids": ids})  # int64, [1, length]
 
     Before it is put there, onnxruntime has run it at other lengths, and answered as the model. Raises as `to_program`,
     and ImportError where onnx, onnxscript or onnxruntime is not installed.
@@ -115,7 +114,7 @@ def run(session, *tokens: torch.Tensor) -> torch.Tensor:
 def written(model: PreTrainedModel, length: int | None) -> tuple[ExportedProgram, Read]:
     reader = (ReadAndAnswer if model.config.is_encoder_decoder else Read)(model)
     batch, tokens = TRACED if length is None else (1, length)
-    shapes = tuple({0: Dim.AUTO, 1: Dim.AUTO} for _ in reader.inputs) if length is None else None
+    shapes = tuple({1: Dim.AUTO} for _ in reader.inputs) if length is None else None
     try:
         program = torch.export.export(
             reader,
