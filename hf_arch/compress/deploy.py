@@ -50,10 +50,10 @@ def to_program(model: PreTrainedModel, length: int | None = None) -> ExportedPro
         logits = program.module()(input_ids)
         torch.export.save(program, "model.pt2")
 
-    A program reads one text, of any length; or, where a `length` is given, of exactly so many tokens: in a causal model, for any text up to it, filled up with whatever tokens,
-    since later ones change nothing. That is the way for what works in chunks, buckets or choices: Python counts them
-    while the program is written, and it would hold their number for one length. Before it is answered, the program is
-    compared with the model at other lengths.
+    A program reads one text, of any length; or, where a `length` is given, of exactly so many tokens: in a causal
+    model, for any text up to it, filled up with whatever tokens, since later ones change nothing. That is the way for
+    what works in chunks, buckets or choices: Python counts them while the program is written, and it would hold their
+    number for one length. Before it is answered, the program is compared with the model at other lengths.
 
     Raises ValueError where it cannot be written for any length, or answers otherwise than the model: the error says
     how far writing came. The model stays as it is.
