@@ -12,7 +12,7 @@ from hf_arch.bench import costs_of_hierarchies, costs_of_long_context, costs_of_
 from hf_arch.bench.costs import Span, cost
 from hf_arch.catalogue import find
 from hf_arch.modeling.layers.chosen_cache import ChosenCacheLayer
-from hf_arch.modeling.layers.experts import SideBySide
+from hf_arch.modeling.layers.experts import SeparateExperts, SideBySide
 from hf_arch.states import state_bytes
 
 CONTEXT = 8192
@@ -88,7 +88,7 @@ def active_parameters(model: PreTrainedModel) -> int:
     tied = model.get_output_embeddings() is not None and model.get_output_embeddings().weight is looked_up
     count = model.num_parameters() - (0 if tied else looked_up.numel())
     for module in model.modules():
-        if isinstance(module, SideBySide):
+        if isinstance(module, SideBySide | SeparateExperts):
             of_all = sum(weight.numel() for weight in module.parameters())
             count -= of_all - of_all // module.num_experts * model.config.num_experts_per_tok
     return count

@@ -1,6 +1,5 @@
 """Dense models as sparse ones that begin with the same answers (Komatsuzaki et al., 2022, arXiv:2212.05055)."""
 
-import copy
 from collections.abc import Iterable
 
 import torch
@@ -8,13 +7,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_arch.convert import from_original
-from hf_arch.modeling.layers.experts import DenseExperts, Experts
-from hf_arch.modeling.layers.feed_forward import MLP, GatedMLP
 from hf_arch.modeling.layers.sparse import SPARSE_FEED_FORWARDS, MixtureOfExperts
 from hf_arch.modeling.skeleton.backbone import Backbone
 from hf_arch.modeling.skeleton.config import ArchConfig
+from hf_arch.remake import changed, refuse_adapters, remade
 
-COPIED = {Experts: (GatedMLP, ("gate_proj", "up_proj")), DenseExperts: (MLP, ("up_proj",))}
 NEARLY_EVEN = 1e-4  # of the usual initialisation, for a router whose probabilities are to be nearly the same
 
 
@@ -47,11 +44,11 @@ def upcycle(
     made = check_kind(model.config, kind)
     types, replaced = layers_of(model, None if layers is None else list(layers), kind)
     fields |= types | {"num_local_experts": experts, "num_experts_per_tok": experts_per_token}
-    config = type(model.config).from_dict(model.config.to_dict() | fields)
+    config = changed(model.config, fields)
     state, copies = dict(model.state_dict()), {}
     larger = 1.0 if made.router_class.sums_to_one else experts / experts_per_token
     for part in replaced:
-        first = torch.cat([state.pop(f"{part}{name}.weight") for name in COPIED[made.experts_class][1]])
+        first = torch.cat([state.pop(f"{part}{name}.weight") for name in made.experts_class.first_parts])
         last = state.pop(f"{part}down_proj.weight") * larger
         for name, weight in ((made.experts_class.first_name, first), ("down_proj", last)):
             copies[f"{part}experts.{name}"] = copied = weight.repeat(experts, 1, 1)
@@ -63,8 +60,7 @@ def upcycle(
 
 def as_ours(model: PreTrainedModel) -> PreTrainedModel:
     """The model itself, or what it is in hf_arch. Raises ValueError where adapters are part of its weights."""
-    if any("lora_" in name for name, _ in model.named_parameters()):
-        raise ValueError("An adapter is part of the weights: merge it first, with merge_and_unload().")
+    refuse_adapters(model)
     return model if isinstance(model.config, ArchConfig) else from_original(model)
 
 
@@ -75,18 +71,7 @@ def filled(model: PreTrainedModel, config: ArchConfig, state: dict[str, torch.Te
     for name in empty.keys() - state.keys():
         std = small * config.initializer_range
         state[name] = std * torch.randn(empty[name].shape, dtype=model.dtype, device=model.device)
-    return rebuilt(model, type(model), config, state)
-
-
-def rebuilt(
-    model: PreTrainedModel, model_class: type[PreTrainedModel], config: ArchConfig, state: dict[str, torch.Tensor]
-) -> PreTrainedModel:
-    """A model of the class and the state that is used as `model` is: its type of numbers, its device, its mode."""
-    options = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
-    new = model_class.from_pretrained(None, config=config, state_dict=state, **options)
-    if model.can_generate():
-        new.generation_config = copy.deepcopy(model.generation_config)
-    return new.to(model.device).train(model.training)
+    return remade(model, config, state)
 
 
 def check_kind(config: ArchConfig, kind: str) -> type[MixtureOfExperts]:
@@ -107,7 +92,7 @@ def check_kind(config: ArchConfig, kind: str) -> type[MixtureOfExperts]:
 def layers_of(model: PreTrainedModel, layers: list[int] | None, kind: str) -> tuple[dict[str, list[str]], list[str]]:
     """The new types of feed-forwards, by the field that tells them of a stack, and what the names of the parameters of
     those that are replaced begin with."""
-    dense, _ = COPIED[SPARSE_FEED_FORWARDS[kind].experts_class]
+    dense = SPARSE_FEED_FORWARDS[kind].experts_class.alone
     types, replaced = {}, []
     stacks = {name: module for name, module in model.named_modules() if isinstance(module, Backbone)}
     depth = max(stack.config.num_hidden_layers for stack in stacks.values())

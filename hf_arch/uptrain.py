@@ -18,7 +18,8 @@ from hf_arch.modeling.state_space.hybrid.configuration_hybrid import CONFIGS
 from hf_arch.modeling.state_space.hybrid.modeling_hybrid import ArchHybridModel
 from hf_arch.modeling.state_space.retnet.modeling_retnet import MultiScaleRetention
 from hf_arch.modeling.state_space.ssd.modeling_ssd import SSD
-from hf_arch.upcycle import as_ours, rebuilt
+from hf_arch.remake import remade
+from hf_arch.upcycle import as_ours
 
 HYBRID = find("hybrid")
 TEACHERS = ("transformer", "mixtral", "hybrid")  # whose stacks have the parts that a hybrid has
@@ -171,7 +172,7 @@ def uptrain(model: PreTrainedModel, kind: str, layers: Iterable[int] | None = No
         form.take_over(mixer.to(attention.q_proj.weight), attention)
         state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.")}
         state |= {f"{name}.{key}": tensor for key, tensor in mixer.state_dict().items()}
-    return rebuilt(model, model_class, hybrid, state)
+    return remade(model, hybrid, state, model_class)
 
 
 def hybrid_fields(config: ArchConfig, kind: str, chosen: set[int], kept: set[str], options: dict) -> dict:

@@ -85,6 +85,8 @@ class EarlyExitView(View):
     token (section 4.3); by `"saturation"`, the cosine of y and what the layer was given (section 3.5).
     """
 
+    unquantized = ("gate",)
+
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
         self.threshold, self.is_last = config.early_exit_threshold, layer_idx == config.num_hidden_layers - 1

@@ -11,6 +11,13 @@ from transformers.integrations.moe import (
     use_experts_implementation,
 )
 
+from .feed_forward import MLP, GatedMLP
+
+
+def expert_size(config) -> int:
+    """The width inside an expert."""
+    return config.moe_intermediate_size or config.intermediate_size
+
 
 class SideBySide(nn.Module):
     """Feed-forwards without biases: down(activate(first(x))) for each expert.
@@ -21,13 +28,15 @@ class SideBySide(nn.Module):
     """
 
     first_name: str  # the names of parameters, and `_apply_gate`, are what every implementation reads
-    parts = 1  # of what the first projection answers, each as wide as the inside of an expert
+    alone: type[MLP]  # such a feed-forward by itself
+    first_parts: tuple[str, ...]  # its projections that are one here, each as wide as the inside of an expert
 
     def __init__(self, config):
         super().__init__()
         self.num_experts = config.num_local_experts
-        size, inner_size = config.hidden_size, config.moe_intermediate_size or config.intermediate_size
-        setattr(self, self.first_name, nn.Parameter(torch.empty(self.num_experts, self.parts * inner_size, size)))
+        size, inner_size = config.hidden_size, expert_size(config)
+        first_size = len(self.first_parts) * inner_size
+        setattr(self, self.first_name, nn.Parameter(torch.empty(self.num_experts, first_size, size)))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, size, inner_size))
         self.act_fn = ACT2FN[config.hidden_act]
 
@@ -37,11 +46,11 @@ class SideBySide(nn.Module):
 
     @property
     def first_proj(self) -> torch.Tensor:
-        """[experts, parts * inner size, size]"""
+        """[experts, first parts * inner size, size]"""
         return getattr(self, self.first_name)
 
     def activate(self, projected: torch.Tensor) -> torch.Tensor:
-        """[tokens, parts * inner size] -> [tokens, inner size]"""
+        """[tokens, first parts * inner size] -> [tokens, inner size]"""
         return self.act_fn(projected)
 
     def _apply_gate(self, projected: torch.Tensor) -> torch.Tensor:
@@ -65,6 +74,8 @@ class DenseExperts(SideBySide):
     """down(act(up(x))), as `MLP`."""
 
     first_name = "up_proj"
+    alone = MLP
+    first_parts = ("up_proj",)
 
 
 @use_experts_implementation
@@ -72,7 +83,8 @@ class Experts(SideBySide):
     """down(act(gate(x)) * up(x)), as `GatedMLP`."""
 
     first_name = "gate_up_proj"
-    parts = 2
+    alone = GatedMLP
+    first_parts = ("gate_proj", "up_proj")
 
     def activate(self, projected):
         gate, up = projected.chunk(2, dim=-1)
@@ -84,6 +96,34 @@ class Experts(SideBySide):
             return self.activate(projected)
         gate, up = projected.chunk(2, dim=-1)
         return self.act_fn(gate).mul_(up)
+
+
+class SeparateExperts(nn.ModuleList):
+    """Such feed-forwards as modules, of projections that quantisation knows, and adapters by their names; computed one
+    after another."""
+
+    def __init__(self, config, kind: type[SideBySide]):
+        self.num_experts = config.num_local_experts
+        super().__init__(kind.alone(config, 0, expert_size(config)) for _ in range(self.num_experts))
+
+    @staticmethod
+    def apart(experts: SideBySide) -> dict[str, torch.Tensor]:
+        """The state of experts side by side as that of separate ones."""
+        state = {}
+        for number, (first, down) in enumerate(zip(experts.first_proj, experts.down_proj, strict=True)):
+            firsts = zip(experts.first_parts, first.chunk(len(experts.first_parts)), strict=True)
+            state |= {f"{number}.{name}.weight": part for name, part in (*firsts, ("down_proj", down))}
+        return state
+
+    def forward(self, tokens: torch.Tensor, index: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """As `SideBySide.forward`; those that no token takes are left out where nothing learns."""
+        output = torch.zeros_like(tokens)
+        for number, expert in enumerate(self):
+            token, choice = torch.where(index == number)
+            if len(token) or torch.is_grad_enabled():
+                answer = expert(tokens[token]) * weight[token, choice, None]
+                output = output.index_add(0, token, answer.to(output.dtype))
+        return output
 
 
 def sorted_experts_forward(

@@ -52,6 +52,8 @@ class HierarchicalCrossAttention(CrossAttention):
     """Attention to the tokens of the `num_chosen_segments` segments of the source that suit a query best, by
     projections of its own for queries and leaders of segments (`ops/hierarchical_attention.py`)."""
 
+    unquantized = ("segment_q_proj", "segment_k_proj")
+
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
         self.count = config.num_chosen_segments

@@ -23,7 +23,9 @@ class Mixer(nn.Module):
     all are of one document), and keeps its states in `self.memory(past_key_values, layer_idx)`. The index of the cache
     layer comes with the call, since layers may share a mixer. A mixer touches no other layer's cache. Whatever a call
     may record (attention weights) passes through a module of `record.py`. `state_parameters` names what sets the memory
-    of a state space, here or inside: it trains slowly, without weight decay (`hf_arch.parameter_groups`).
+    of a state space, here or inside: it trains slowly, without weight decay (`hf_arch.parameter_groups`). `unquantized`
+    names parts, of a mixer as of any module, whose matrices decide rather than answer: `hf_arch.compress.quantize`
+    leaves them as they are.
     """
 
     def __init__(self, config, layer_idx: int):

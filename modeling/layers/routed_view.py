@@ -45,6 +45,8 @@ class RoutedView(View):
     would be. The predictor learns by a `SideLoss`; nothing else learns from it.
     """
 
+    unquantized = ("gate", "predictor")
+
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
         self.config, self.capacity = config, config.capacity

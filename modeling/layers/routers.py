@@ -17,6 +17,7 @@ class Router(nn.Module):
     logits pass through `record.py`, and the choice that no gradient passes is made in `choose`."""
 
     gate_class: type[nn.Linear] = nn.Linear
+    unquantized = ("gate", "group_gate")
 
     def __init__(self, config):
         super().__init__()

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..ops.documents import find_documents
-from .experts import DenseExperts, Experts, SideBySide
+from .experts import DenseExperts, Experts, SeparateExperts, SideBySide
 from .record import RouterChoices
 from .routers import ExpertChoiceRouter, HierarchicalRouter, SoftRouter, SwitchRouter, TopKRouter, whole_share
 
@@ -23,7 +23,8 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.num_experts = config.num_local_experts  # `experts` may be this process's share of them
         self.router = self.router_class(config)
-        self.experts = self.experts_class(config)
+        separate = config.separate_experts
+        self.experts = SeparateExperts(config, self.experts_class) if separate else self.experts_class(config)
 
     def evaluations(self, tokens: int) -> int:
         """How many times a document of so many tokens has an expert computed."""

@@ -54,13 +54,15 @@ class ConditionalGeneration(Head, GenerationMixin):
         decoder_position_ids: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         token_type_ids: torch.LongTensor | None = None,
+        return_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ConditionalGenerationOutput:
         """
         labels (`torch.LongTensor` [batch, length], *optional*):
             The answer, -100 where nothing is asked. Without an input of its own the decoder reads them moved one to the
             right, and where it has experts, what follows the last label is padding to them. In training, when all
-            logits would be more than 2^24 numbers, the loss is made without them and `logits` is None.
+            logits would be more than 2^24 numbers, the loss is made without them and `logits` is None, unless
+            `return_logits` asks for them.
         """
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
@@ -73,7 +75,8 @@ class ConditionalGeneration(Head, GenerationMixin):
         outputs = self.model(*source, *told, token_type_ids, **kwargs)
         if labels is not None:  # the decoder's input is what is shifted
             kwargs |= {"num_items_in_batch": items, "shift_labels": labels.contiguous()}
-        loss, logits = loss_and_logits(self, outputs.last_hidden_state, labels, logits_to_keep, **kwargs)
+        asked = (labels, logits_to_keep, return_logits)
+        loss, logits = loss_and_logits(self, outputs.last_hidden_state, *asked, **kwargs)
         stacks = (("encoder", self.model.encoder), ("decoder", self.model.decoder))
         routed = [
             (stack, outputs.get(f"{name}_router_logits"), outputs.get(f"{name}_router_choices"))

@@ -96,7 +96,8 @@ class ArchConfig(ExpertConfig):
         """The same of a whole stack: of its mixers, and of the feed-forwards in use."""
         plan = dict(self.mixer_tp_plan())
         for kind in self.feed_forward_types:
-            plan |= TENSOR_PARALLEL.get(kind, {})
+            if not (self.separate_experts and kind in SPARSE):
+                plan |= TENSOR_PARALLEL.get(kind, {})
         return plan
 
     def to_dict(self) -> dict:

@@ -27,6 +27,9 @@ class ExpertConfig(PreTrainedConfig):
     num_local_experts, num_experts_per_tok, moe_intermediate_size (`int`, *optional*):
         Of sparse feed-forwards: how many experts one has, how many of them a token takes, and the width inside an
         expert, by default `intermediate_size`.
+    separate_experts (`bool`):
+        Whether experts are modules, as weights are quantised and `hf_arch.compress.quantize` makes them, in place of
+        one tensor for all. The answers are the same; slower, and not dealt to processes.
     num_expert_groups, num_groups_per_tok (`int`, *optional*):
         Of `hierarchical` feed-forwards: how many groups their experts are dealt to, and how many of these a token
         takes, with as many experts of each.
@@ -51,6 +54,7 @@ class ExpertConfig(PreTrainedConfig):
     num_local_experts: int | None = None
     num_experts_per_tok: int = 2
     moe_intermediate_size: int | None = None
+    separate_experts: bool = False
     num_expert_groups: int | None = None
     num_groups_per_tok: int = 1
     expert_token_share: float | int | None = None
@@ -81,6 +85,8 @@ class ExpertConfig(PreTrainedConfig):
     def expert_ep_plan(self) -> dict[str, str]:
         """How experts are dealt out to the processes of an expert-parallel group."""
         plan = {}
+        if self.separate_experts:
+            return plan
         for kind in self.feed_forwards_in_use & set(SPARSE):
             plan |= EXPERT_PARALLEL[kind]
         return plan

@@ -91,12 +91,14 @@ class CausalLM(Head, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         token_type_ids: torch.LongTensor | None = None,
         output_router_logits: bool | None = None,
+        return_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutput:
         """
         labels (`torch.LongTensor` [batch, length], *optional*):
             The tokens themselves (they are shifted here), -100 where nothing is asked. In training, when all logits
-            would be more than 2^24 numbers, the loss is made without them and `logits` is None.
+            would be more than 2^24 numbers, the loss is made without them and `logits` is None, unless `return_logits`
+            asks for them.
         output_router_logits (`bool`, *optional*):
             Whether to answer with the logits and choices of the routers and with `aux_loss`, which keeps experts
             equally busy and is added to the loss, times `config.router_aux_loss_coef`. By default as the config says.
@@ -111,7 +113,8 @@ class CausalLM(Head, GenerationMixin):
             output_router_logits=output_router_logits,
             **kwargs,
         )
-        loss, logits = loss_and_logits(self, outputs.last_hidden_state, labels, logits_to_keep, **kwargs)
+        asked = (labels, logits_to_keep, return_logits)
+        loss, logits = loss_and_logits(self, outputs.last_hidden_state, *asked, **kwargs)
         if loss is not None and self.training:
             loss = self.with_further_losses(loss, outputs.last_hidden_state, labels, *read, **kwargs)
         loss, aux_loss = self.with_routing(loss, outputs, labels, **kwargs)
@@ -274,13 +277,20 @@ def check_labels(labels: torch.Tensor | None, hidden_states: torch.Tensor) -> No
 
 
 def loss_and_logits(
-    model: Head, hidden_states: torch.Tensor, labels: torch.Tensor | None, logits_to_keep: int | torch.Tensor, **kwargs
+    model: Head,
+    hidden_states: torch.Tensor,
+    labels: torch.Tensor | None,
+    logits_to_keep: int | torch.Tensor,
+    return_logits: bool = False,
+    **kwargs,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """What `model.lm_head` makes of the hidden states; a loss in training over many logits is made without them."""
+    """What `model.lm_head` makes of the hidden states; a loss in training over many logits is made without them, unless
+    `return_logits`."""
     check_labels(labels, hidden_states)
     if getattr(model.config, "scale_logits", False):
         hidden_states = hidden_states * model.config.hidden_size**-0.5
-    if labels is not None and model.training and hidden_states[..., 0].numel() * model.vocab_size > LOGITS_AT_ONCE:
+    many = hidden_states[..., 0].numel() * model.vocab_size > LOGITS_AT_ONCE
+    if labels is not None and model.training and many and not return_logits:
         return chunked_cross_entropy(hidden_states, model.lm_head, labels, **kwargs), None
     logits = model.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
     if labels is None:

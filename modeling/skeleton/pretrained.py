@@ -63,7 +63,9 @@ class ArchPreTrainedModel(PreTrainedModel):
                     "original, `hf-arch convert` translates it."
                 )
         try:
-            return super().from_pretrained(source, *args, **kwargs)
+            loaded = super().from_pretrained(source, *args, **kwargs)
+            leave_unpacked(loaded[0] if isinstance(loaded, tuple) else loaded)
+            return loaded
         except SafetensorError as error:
             files = ", ".join(sorted(path.name for path in Path(str(source)).glob("*.safetensors"))) or "its weights"
             raise OSError(
@@ -93,6 +95,14 @@ class ArchPreTrainedModel(PreTrainedModel):
             own = isinstance(part, ArchPreTrainedModel) and part.config is not self.config
             if own and part._can_set_experts_implementation():
                 part.set_experts_implementation(experts_implementation)
+
+
+def leave_unpacked(model: nn.Module) -> None:
+    """bitsandbytes packs matrices of four bits anew when a CPU uses them first, and unpacks them wrongly for a state
+    dict, be it that of an adapter (0.50.2): they stay as they are."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def hub_options(kwargs: dict) -> dict:

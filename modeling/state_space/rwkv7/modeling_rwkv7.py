@@ -53,7 +53,9 @@ class ValueResidual(PreNorm):
 
 
 class LowRankProjection(nn.Module):
-    """A projection in two steps, through a few numbers (section 4.1, "loramlp")."""
+    """A projection in two steps, through a few numbers (section 4.1, "loramlp"): of decays and rates."""
+
+    unquantized = ("reduce_proj", "expand_proj")
 
     def __init__(self, size: int, rank: int, act_fn: nn.Module, bias: bool = True):
         super().__init__()

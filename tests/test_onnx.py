@@ -1,0 +1,45 @@
+"""Programs without PyTorch: they answer as the model at other lengths, or are not written."""
+
+import onnxruntime
+import pytest
+import torch
+from torch.testing import assert_close
+
+import hf_arch
+from hf_arch.compress import deploy, to_onnx, to_program
+from promises import Case, some_tokens
+
+CAUSAL = {name: Case(hf_arch.find(name), "ForCausalLM") for name in ("transformer", "retnet")}
+ONE = {"num_hidden_layers": 1}
+
+
+@torch.no_grad()
+def test_a_file_for_texts_of_any_length(tmp_path):
+    model = CAUSAL["transformer"].build(torch.float32, **ONE)
+    to_onnx(model, tmp_path / "new" / "model.onnx")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["model.onnx"]
+    session = onnxruntime.InferenceSession(tmp_path / "new" / "model.onnx")
+    for batch, length in ((1, 17), (1, 70)):
+        tokens = some_tokens(batch, length)
+        (found,) = session.run(None, {"input_ids": tokens.numpy()})
+        assert_close(torch.from_numpy(found), model(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_what_counts_in_chunks_has_a_length():
+    model = CAUSAL["retnet"].build(torch.float32, **ONE).train()
+    program = to_program(model, length=24)
+    assert model.training
+    tokens = some_tokens(1, 17)
+    filled = torch.cat((tokens, some_tokens(1, 7, seed=3)), 1)  # with whatever
+    assert_close(program.module()(filled)[:, :17], model.eval()(tokens).logits, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="texts of any number of tokens.*Give a length"):
+        to_program(model)
+
+
+def test_what_answers_otherwise_is_not_written(tmp_path, monkeypatch):
+    model = CAUSAL["transformer"].build(torch.float32, **ONE)
+    monkeypatch.setattr(deploy, "NEAR", 0.0)
+    with pytest.raises(ValueError, match="answers otherwise as a program"):
+        to_onnx(model, tmp_path / "model.onnx", length=9)
+    assert not list(tmp_path.iterdir())
