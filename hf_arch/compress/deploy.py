@@ -14,13 +14,14 @@ from transformers import PreTrainedModel
 
 from hf_arch.compress.needs import need
 
-TRACED = 1, 150  # batch and length of the example that is followed
-OTHERS = (1, 90), (1, 201)  # of those at which what was made is compared with the model
+TRACED = 3, 150  # batch and length of the example that is followed
+OTHERS = (1, 90), (4, 201)  # of those at which what was made is compared with the model
 NEAR = 1e-4  # of the largest number of the answer
 
 
 class Read(nn.Module):
-    """input_ids [batch, length] -> logits or hidden states [batch, length, ...]"""
+    """input_ids [batch, length] -> logits [batch, length, ...] of a causal model, to which padding behind a text is
+    nothing: it changes no answer before it."""
 
     inputs = ("input_ids",)
 
@@ -32,28 +33,40 @@ class Read(nn.Module):
         return self.model(input_ids=input_ids, use_cache=False)[0]
 
 
+class ReadPadded(Read):
+    """The same of a model that has to be told what is padding, by attention_mask [batch, length] of ones and zeros."""
+
+    inputs = ("input_ids", "attention_mask")
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+
+
 class ReadAndAnswer(Read):
     """The same of an encoder-decoder, whose answer begins with decoder_input_ids [batch, answer length]."""
 
-    inputs = ("input_ids", "decoder_input_ids")
+    inputs = ("input_ids", "attention_mask", "decoder_input_ids")
 
-    def forward(self, input_ids: torch.Tensor, decoder_input_ids: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=input_ids, decoder_input_ids=decoder_input_ids, use_cache=False)[0]
+    def forward(self, input_ids, attention_mask, decoder_input_ids) -> torch.Tensor:
+        told = {"input_ids": input_ids, "attention_mask": attention_mask, "decoder_input_ids": decoder_input_ids}
+        return self.model(**told, use_cache=False)[0]
 
 
 @torch.no_grad()
 def to_program(model: PreTrainedModel, length: int | None = None) -> ExportedProgram:
-    """`model` as a program of torch.export: input_ids [1, length] (and decoder_input_ids, where it has a decoder
-    beside its encoder) -> the first of what the model answers, logits or hidden states. Example:
+    """`model` as a program of torch.export -> the first of what the model answers, logits or hidden states. It reads
+    `input_ids` [batch, length]; unless it is a causal language model, also `attention_mask` [batch, length], with zeros
+    for padding; and of an encoder-decoder the `decoder_input_ids` [batch, answer length]. Example:
 
         program = hf_arch.compress.to_program(model)
         logits = program.module()(input_ids)
         torch.export.save(program, "model.pt2")
 
-    A program reads one text, of any length; or, where a `length` is given, of exactly so many tokens: in a causal
-    model, for any text up to it, filled up with whatever tokens, since later ones change nothing. That is the way for
-    what works in chunks, buckets or choices: Python counts them while the program is written, and it would hold their
-    number for one length. Before it is answered, the program is compared with the model at other lengths.
+    Batch and length are any; or, where a `length` is given, texts have exactly so many tokens (an answer 7 less):
+    shorter ones are padded, a causal model's with whatever tokens, since later ones change nothing. That is the way for
+    what works in chunks: Python counts them while the program is written, which would hold their number for one length.
+    Which rows of the catalogue are programs of which kind, docs/programs.md tells. Before it is answered, the program
+    is compared with the model at other batches and lengths.
 
     Raises ValueError where it cannot be written for any length, or answers otherwise than the model: the error says
     how far writing came. The model stays as it is.
@@ -69,9 +82,9 @@ def to_onnx(model: PreTrainedModel, path: str | Path, length: int | None = None)
 
         hf_arch.compress.to_onnx(model, "model.onnx")
         session = onnxruntime.InferenceSession("model.onnx")
-        (logits,) = session.run(None, {"input_ids": ids})  # int64, [1, length]
+        (logits,) = session.run(None, {"input_ids": ids})  # int64, [batch, length]
 
-    Before it is put there, onnxruntime has run it at other lengths, and answered as the model. Raises as `to_program`,
+    Before it is put there, onnxruntime has run it at other batches and lengths, and answered as the model. Raises as `to_program`,
     and ImportError where onnx, onnxscript or onnxruntime is not installed.
     """
     need("onnx", "onnxscript", "onnxruntime")
@@ -89,7 +102,7 @@ def to_onnx(model: PreTrainedModel, path: str | Path, length: int | None = None)
         with TemporaryDirectory(dir=path.parent) as folder:
             made.save(Path(folder, path.name))
             session = onnxruntime.InferenceSession(Path(folder, path.name), providers=["CPUExecutionProvider"])
-            compare(reader, functools.partial(run, session), sizes(length))
+            compare(reader, functools.partial(run, session), length)
             for made_file in Path(folder).iterdir():
                 os.replace(made_file, path.parent / made_file.name)
 
@@ -112,43 +125,51 @@ def run(session, *tokens: torch.Tensor) -> torch.Tensor:
 
 
 def written(model: PreTrainedModel, length: int | None) -> tuple[ExportedProgram, Read]:
-    reader = (ReadAndAnswer if model.config.is_encoder_decoder else Read)(model)
-    batch, tokens = TRACED if length is None else (1, length)
-    shapes = tuple({1: Dim.AUTO} for _ in reader.inputs) if length is None else None
+    reader = reader_of(model)
+    batch, tokens = TRACED if length is None else (TRACED[0], length)
+    dynamic = {0: Dim.AUTO} | ({1: Dim.AUTO} if length is None else {})
     try:
         program = torch.export.export(
             reader,
-            some_tokens(reader, batch, tokens),
-            dynamic_shapes=shapes,
+            some_texts(reader, batch, tokens),
+            dynamic_shapes=tuple(dynamic for _ in reader.inputs),
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
     except Exception as error:  # of many kinds, none of them torch.export's own
         raise ValueError(refusal(model, length, error)) from error
-    compare(reader, program.module(), sizes(length))
+    compare(reader, program.module(), length)
     return program, reader
 
 
-def some_tokens(reader: Read, batch: int, length: int) -> tuple[torch.Tensor, ...]:
-    """A text for each input; they differ in length, so that none is taken for the other's."""
+def reader_of(model: PreTrainedModel) -> Read:
+    if model.config.is_encoder_decoder:
+        return ReadAndAnswer(model)
+    return (Read if model.can_generate() else ReadPadded)(model)
+
+
+def some_texts(reader: Read, batch: int, length: int) -> tuple[torch.Tensor, ...]:
+    """The reader's inputs. An answer is as long as no text, so that neither length is taken for the other's."""
     draw, most = torch.Generator().manual_seed(length), reader.model.config.vocab_size
-    lengths = [max(1, length - 7 * number) for number in range(len(reader.inputs))]
-    tokens = [torch.randint(most, (batch, each), generator=draw) for each in lengths]
-    return tuple(ids.to(reader.model.device) for ids in tokens)
+    ends = (length - 5 * torch.arange(batch)).clamp(min=1)
+    made = {
+        "input_ids": torch.randint(most, (batch, length), generator=draw),
+        "attention_mask": (torch.arange(length) < ends[:, None]).long(),
+        "decoder_input_ids": torch.randint(most, (batch, max(1, length - 7)), generator=draw),
+    }
+    return tuple(made[name].to(reader.model.device) for name in reader.inputs)
 
 
-def sizes(length: int | None) -> tuple[tuple[int, int], ...]:
-    return OTHERS if length is None else ((1, length),)
-
-
-def compare(reader: Read, run: Callable, sizes: tuple[tuple[int, int], ...]) -> None:
-    for batch, length in sizes:
-        told = some_tokens(reader, batch, length)
+def compare(reader: Read, run: Callable, length: int | None) -> None:
+    for batch, tokens in OTHERS if length is None else [(batch, length) for batch, _ in OTHERS]:
+        told = some_texts(reader, batch, tokens)
         expected = reader(*told).cpu().float()
         try:
             found = run(*told).cpu().float()
         except Exception as error:  # of the runtime
-            raise ValueError(refusal(reader.model, None, error)) from error
+            raise ValueError(refusal(reader.model, length, error)) from error
+        if isinstance(reader, ReadPadded) and expected.shape[:2] == told[1].shape:
+            expected, found = (answer[told[1].cpu() > 0] for answer in (expected, found))  # padding may get anything
         worst = ((found - expected).abs().max() / expected.abs().max()).item()
         if not worst < NEAR:
             raise ValueError(f"{named(reader.model)} answers otherwise as a program, by {worst:.1e}: it was not kept.")

@@ -135,7 +135,9 @@ def bucketed_attention(
     else:
         answers = attend_in_chunks(query, key, value, order, block, sees_itself, dropout, rounds > 1)
         if initial_state is not None:
-            answers = (None if x is None else x[:, -length:].view(len(x), length, heads, rounds, -1) for x in answers)
+            answers = (
+                None if x is None else x[:, -length:].view(x.shape[0], length, heads, rounds, -1) for x in answers
+            )
         output = join_rounds(*answers)
     if not output_final_state:
         return output, None
@@ -152,7 +154,7 @@ def document_and_bucket(
     later documents, greatest for padding; and the last document of each row."""
     buckets = buckets.permute(0, 2, 3, 1)
     if documents is None:
-        return buckets + num_buckets, buckets.new_ones(len(buckets), 1, 1, 1)
+        return buckets + num_buckets, buckets.new_ones(buckets.shape[0], 1, 1, 1)
     last = documents.amax(1).clamp(min=1)[:, None, None, None]
     documents = documents.masked_fill(documents == 0, documents.shape[1] + 1)
     return buckets + num_buckets * documents[:, None, None], last

@@ -72,7 +72,7 @@ class BidirectionalFavorAttention(FavorAttention):
 
     def of_all(self, query, key, value, real):
         """A few tokens after another, so that their features stay in a CPU's cache."""
-        size = max(PIECE // len(query), PIECE // 8) if query.device.type == "cpu" else query.shape[1]
+        size = max(PIECE // query.shape[0], PIECE // 8) if query.device.type == "cpu" else query.shape[1]
         parts = [slice(start, start + size) for start in range(0, query.shape[1], size)]
         state = None
         for part in parts:
