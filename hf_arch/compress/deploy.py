@@ -19,41 +19,32 @@ OTHERS = (1, 90), (4, 201)  # of those at which what was made is compared with t
 NEAR = 1e-4  # of the largest number of the answer
 
 
+WORDS = {  # what torch.export says -> what it means here
+    "data-dependent": "sizes inside it depend on what the tokens say, or on where padding lies",
+    "Runtime assertion failed": "Python counts its parts while the program is written, for one length",
+    "Guard failed": "Python counts its parts while the program is written, for one size",
+}
+
+
 class Read(nn.Module):
-    """input_ids [batch, length] -> logits [batch, length, ...] of a causal model, to which padding behind a text is
-    nothing: it changes no answer before it."""
+    """The inputs of a model, in order -> logits or hidden states [batch, length, ...]"""
 
-    inputs = ("input_ids",)
-
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, padded: bool):
         super().__init__()
-        self.model = model
+        self.model, both = model, model.config.is_encoder_decoder
+        told = {
+            "input_ids": True,
+            "attention_mask": padded and (both or not model.can_generate()),  # later tokens change nothing in a decoder
+            "decoder_input_ids": both,
+        }
+        self.inputs = tuple(name for name, needed in told.items() if needed)
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=input_ids, use_cache=False)[0]
-
-
-class ReadPadded(Read):
-    """The same of a model that has to be told what is padding, by attention_mask [batch, length] of ones and zeros."""
-
-    inputs = ("input_ids", "attention_mask")
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
-
-
-class ReadAndAnswer(Read):
-    """The same of an encoder-decoder, whose answer begins with decoder_input_ids [batch, answer length]."""
-
-    inputs = ("input_ids", "attention_mask", "decoder_input_ids")
-
-    def forward(self, input_ids, attention_mask, decoder_input_ids) -> torch.Tensor:
-        told = {"input_ids": input_ids, "attention_mask": attention_mask, "decoder_input_ids": decoder_input_ids}
-        return self.model(**told, use_cache=False)[0]
+    def forward(self, *told: torch.Tensor) -> torch.Tensor:
+        return self.model(**dict(zip(self.inputs, told, strict=True)), use_cache=False)[0]
 
 
 @torch.no_grad()
-def to_program(model: PreTrainedModel, length: int | None = None) -> ExportedProgram:
+def to_program(model: PreTrainedModel, length: int | None = None, padded: bool = True) -> ExportedProgram:
     """`model` as a program of torch.export -> the first of what the model answers, logits or hidden states. It reads
     `input_ids` [batch, length]; unless it is a causal language model, also `attention_mask` [batch, length], with zeros
     for padding; and of an encoder-decoder the `decoder_input_ids` [batch, answer length]. Example:
@@ -65,18 +56,19 @@ def to_program(model: PreTrainedModel, length: int | None = None) -> ExportedPro
     Batch and length are any; or, where a `length` is given, texts have exactly so many tokens (an answer 7 less):
     shorter ones are padded, a causal model's with whatever tokens, since later ones change nothing. That is the way for
     what works in chunks: Python counts them while the program is written, which would hold their number for one length.
-    Which rows of the catalogue are programs of which kind, docs/programs.md tells. Before it is answered, the program
-    is compared with the model at other batches and lengths.
+    Some models look for padding in ways that no program can follow: not `padded`, they read texts that are whole. Which
+    rows of the catalogue are programs of which kind, docs/programs.md tells. Before it is answered, the program is
+    compared with the model at other batches and lengths.
 
     Raises ValueError where it cannot be written for any length, or answers otherwise than the model: the error says
     how far writing came. The model stays as it is.
     """
     with evaluating(model):
-        return written(model, length)[0]
+        return written(model, length, padded)[0]
 
 
 @torch.no_grad()
-def to_onnx(model: PreTrainedModel, path: str | Path, length: int | None = None) -> None:
+def to_onnx(model: PreTrainedModel, path: str | Path, length: int | None = None, padded: bool = True) -> None:
     """As `to_program`, as an ONNX file, whole or not at all; beside it `<path>.data` where the weights are over 2 GB.
     Example:
 
@@ -84,24 +76,25 @@ def to_onnx(model: PreTrainedModel, path: str | Path, length: int | None = None)
         session = onnxruntime.InferenceSession("model.onnx")
         (logits,) = session.run(None, {"input_ids": ids})  # int64, [batch, length]
 
-    Before it is put there, onnxruntime has run it at other batches and lengths, and answered as the model. Raises as `to_program`,
-    and ImportError where onnx, onnxscript or onnxruntime is not installed.
+    Before it is put there, onnxruntime has run it at other batches and lengths, and answered as the model. Raises as
+    `to_program`, and ImportError where onnx, onnxscript or onnxruntime is not installed.
     """
     need("onnx", "onnxscript", "onnxruntime")
     import onnxruntime
 
     path = Path(path)
     with evaluating(model):
-        program, reader = written(model, length)
-        try:
-            names = {"input_names": reader.inputs, "output_names": ["answer"]}
-            made = torch.onnx.export(program, dynamo=True, verbose=False, **names)
-        except torch.onnx.OnnxExporterError as error:
-            raise ValueError(f"{named(model)} has operations that ONNX has not: {first_line(error)}") from error
+        program, reader = written(model, length, padded)
         path.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=path.parent) as folder:
-            made.save(Path(folder, path.name))
-            session = onnxruntime.InferenceSession(Path(folder, path.name), providers=["CPUExecutionProvider"])
+            made = Path(folder, path.name)
+            try:
+                names = {"input_names": reader.inputs, "output_names": ["answer"]}
+                # Not optimized: onnxruntime does that when it reads, and onnxscript's optimizer fails at split texts
+                torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, **names).save(made)
+                session = onnxruntime.InferenceSession(made, providers=["CPUExecutionProvider"])
+            except Exception as error:  # of many kinds, each library's own
+                raise ValueError(f"{named(model)} is no ONNX file: {reason(error)}") from error
             compare(reader, functools.partial(run, session), length)
             for made_file in Path(folder).iterdir():
                 os.replace(made_file, path.parent / made_file.name)
@@ -124,15 +117,15 @@ def run(session, *tokens: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(answer)
 
 
-def written(model: PreTrainedModel, length: int | None) -> tuple[ExportedProgram, Read]:
-    reader = reader_of(model)
+def written(model: PreTrainedModel, length: int | None, padded: bool) -> tuple[ExportedProgram, Read]:
+    reader = Read(model, padded)
     batch, tokens = TRACED if length is None else (TRACED[0], length)
     dynamic = {0: Dim.AUTO} | ({1: Dim.AUTO} if length is None else {})
     try:
         program = torch.export.export(
             reader,
             some_texts(reader, batch, tokens),
-            dynamic_shapes=tuple(dynamic for _ in reader.inputs),
+            dynamic_shapes=(tuple(dynamic for _ in reader.inputs),),
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
@@ -140,12 +133,6 @@ def written(model: PreTrainedModel, length: int | None) -> tuple[ExportedProgram
         raise ValueError(refusal(model, length, error)) from error
     compare(reader, program.module(), length)
     return program, reader
-
-
-def reader_of(model: PreTrainedModel) -> Read:
-    if model.config.is_encoder_decoder:
-        return ReadAndAnswer(model)
-    return (Read if model.can_generate() else ReadPadded)(model)
 
 
 def some_texts(reader: Read, batch: int, length: int) -> tuple[torch.Tensor, ...]:
@@ -168,8 +155,9 @@ def compare(reader: Read, run: Callable, length: int | None) -> None:
             found = run(*told).cpu().float()
         except Exception as error:  # of the runtime
             raise ValueError(refusal(reader.model, length, error)) from error
-        if isinstance(reader, ReadPadded) and expected.shape[:2] == told[1].shape:
-            expected, found = (answer[told[1].cpu() > 0] for answer in (expected, found))  # padding may get anything
+        real = dict(zip(reader.inputs, told, strict=True)).get("attention_mask")
+        if real is not None and expected.shape[:2] == real.shape:
+            expected, found = (answer[real.cpu() > 0] for answer in (expected, found))  # padding may get anything
         worst = ((found - expected).abs().max() / expected.abs().max()).item()
         if not worst < NEAR:
             raise ValueError(f"{named(reader.model)} answers otherwise as a program, by {worst:.1e}: it was not kept.")
@@ -177,12 +165,16 @@ def compare(reader: Read, run: Callable, length: int | None) -> None:
 
 def refusal(model: PreTrainedModel, length: int | None, error: Exception) -> str:
     advice = "" if length else " Give a length: the program is then for texts up to it."
-    return f"{named(model)} is no program for texts of {length or 'any number of'} tokens: {first_line(error)}{advice}"
+    return f"{named(model)} is no program for texts of {length or 'any number of'} tokens: {reason(error)}.{advice}"
 
 
 def named(model: PreTrainedModel) -> str:
-    return f"A {type(model).__name__}"
+    return f"This {type(model).__name__}"
 
 
-def first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def reason(error: BaseException) -> str:
+    """The first line of what began it, in our words where we have some."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return next((words for said, words in WORDS.items() if said in line), line)

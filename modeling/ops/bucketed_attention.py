@@ -135,9 +135,7 @@ def bucketed_attention(
     else:
         answers = attend_in_chunks(query, key, value, order, block, sees_itself, dropout, rounds > 1)
         if initial_state is not None:
-            answers = (
-                None if x is None else x[:, -length:].view(x.shape[0], length, heads, rounds, -1) for x in answers
-            )
+            answers = (None if x is None else x[:, -length:].view(len(x), length, heads, rounds, -1) for x in answers)
         output = join_rounds(*answers)
     if not output_final_state:
         return output, None
