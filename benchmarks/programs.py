@@ -18,6 +18,7 @@ from benchmarks.experiments.record import RESULTS, load, write
 from hf_arch import ARCHITECTURES, find
 from hf_arch.architecture import Architecture
 from hf_arch.compress import to_onnx, to_program
+from hf_arch.compress.deploy import in_words
 
 NAME = "programs"
 PAGE = Path(__file__).parents[1] / "docs" / "programs.md"
@@ -87,12 +88,12 @@ def versions() -> str:
 def line(who: str, found: dict) -> str:
     kinds = [next((name for name, told in found.items() if told[form] is None), "-") for form in ("program", "onnx")]
     reasons = [reason for told in found.values() for reason in told.values() if reason]
-    reasons = dict.fromkeys(reason.split(": ", 1)[-1].split(". Give a length")[0].rstrip(".") for reason in reasons)
-    return f"| {who} | {' | '.join(kinds)} | {'; '.join(shown(reason) for reason in reasons)} |"
+    reasons = (reason.split(": ", 1)[-1].split(". Give a length")[0].rstrip(".") for reason in reasons)
+    return f"| {who} | {' | '.join(kinds)} | {'; '.join(dict.fromkeys(map(shown, reasons)))} |"
 
 
 def shown(reason: str, most: int = 160) -> str:
-    reason = reason.replace("|", "/").replace("<", "&lt;")
+    reason = in_words(reason).replace("|", "/").replace("<", "&lt;")
     return reason if len(reason) <= most else reason[:most] + " ..."
 
 

@@ -23,6 +23,8 @@ WORDS = {  # what torch.export says -> what it means here
     "data-dependent": "sizes inside it depend on what the tokens say, or on where padding lies",
     "Runtime assertion failed": "Python counts its parts while the program is written, for one length",
     "Guard failed": "Python counts its parts while the program is written, for one size",
+    "complex-valued": "ONNX has no complex numbers",
+    "functional graph": "it writes into views of tensors, which ONNX has not",
 }
 
 
@@ -176,5 +178,8 @@ def reason(error: BaseException) -> str:
     """The first line of what began it, in our words where we have some."""
     while error.__cause__ is not None:
         error = error.__cause__
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return in_words(next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__))
+
+
+def in_words(line: str) -> str:
     return next((words for said, words in WORDS.items() if said in line), line)
