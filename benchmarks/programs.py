@@ -74,18 +74,19 @@ def page(record: dict) -> str:
     for row in ARCHITECTURES:
         for head, told in HEADS.items():
             if head in row.heads:
-                lines.append(line(f"`{row.name}`, {told}", record[row.name]["heads"][head]))
-    made = "; ".join(dict.fromkeys(record[row.name]["versions"] for row in ARCHITECTURES))
+                lines.append(line(f"`{row.name}`, {told}", record.get(row.name, {"heads": {}})["heads"].get(head)))
+    made = "; ".join(dict.fromkeys(each["versions"] for each in record.values()))
     return "\n\n".join([INTRODUCTION, "\n".join(lines), f"Made with {made}.\n"])
 
 
 def versions() -> str:
-    return ", ".join(
-        f"{library.__name__} {library.__version__}" for library in (torch, transformers, onnx, onnxruntime)
-    )
+    libraries = torch, transformers, onnx, onnxruntime
+    return ", ".join(f"{library.__name__} {library.__version__}" for library in libraries)
 
 
-def line(who: str, found: dict) -> str:
+def line(who: str, found: dict | None) -> str:
+    if found is None:
+        return f"| {who} | | | not tried yet |"
     kinds = [next((name for name, told in found.items() if told[form] is None), "-") for form in ("program", "onnx")]
     reasons = [reason for told in found.values() for reason in told.values() if reason]
     reasons = (reason.split(": ", 1)[-1].split(". Give a length")[0].rstrip(".") for reason in reasons)
@@ -110,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
         write(NAME, json.dumps(record, indent=1), options.output)
         for head, told in found.items():
             print(line(f"{name}, {HEADS[head]}", told), flush=True)
-    if all(row.name in record for row in ARCHITECTURES):
+    if options.output == RESULTS:
         PAGE.write_text(page(record))
 
 

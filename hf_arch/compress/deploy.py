@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,12 +18,11 @@ from hf_arch.compress.needs import need
 TRACED = 3, 150  # batch and length of the example that is followed
 OTHERS = (1, 90), (4, 201)  # of those at which what was made is compared with the model
 NEAR = 1e-4  # of the largest number of the answer
-
-
 WORDS = {  # what torch.export says -> what it means here
     "data-dependent": "sizes inside it depend on what the tokens say, or on where padding lies",
     "Runtime assertion failed": "Python counts its parts while the program is written, for one length",
     "Guard failed": "Python counts its parts while the program is written, for one size",
+    "control flow": "Python asks how many there are of something while the program is written",
     "complex-valued": "ONNX has no complex numbers",
     "functional graph": "it writes into views of tensors, which ONNX has not",
 }
@@ -182,4 +182,7 @@ def reason(error: BaseException) -> str:
 
 
 def in_words(line: str) -> str:
-    return next((words for said, words in WORDS.items() if said in line), line)
+    if words := next((words for said, words in WORDS.items() if said in line), None):
+        return words
+    missing = re.match(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", line)
+    return f"ONNX has no {missing[1]}" if missing else line
