@@ -92,7 +92,7 @@ class ScanBlocks:
         self.added, self.step = (self.cut(tensor)[..., None, :] for tensor in (added, step))
         self.key, self.query = (self.cut(tensor)[..., None] for tensor in (key, query))
         self.keep = None if keep is None else self.cut(keep, value=1.0)[..., None]
-        shape = self.size, self.rows, len(added), *A.shape
+        shape = self.size, self.rows, added.shape[0], *A.shape
         self.decay, self.states = A.new_empty(shape), A.new_empty(shape)
         self.across, self.alone, self.before = (A.new_empty(shape[1:]) for _ in range(3))
         self.of_step = self.decay.unbind(0), self.states.unbind(0)
