@@ -2,11 +2,10 @@
 
 Somewhere in a stretch of Python's manual, or of your files, stands a note: a mark, and three of sixteen letters. (The
 notes are generated, of tokens of their own, and put in at random places.) At the end stands the mark again: which were
-the letters?
-Models learn this from texts in which a note comes again and again, at first of 64 tokens, then of 256 and of 1,024, and
-are asked after ever longer ones, read in pieces through the cache: one of a recurrence and full attention, whose memory
-grows with the text; one of recurrences alone, whose memory does not: it has to learn what to let in, which is the note,
-and that nothing else may push it out. Beside them: the same when they see the end of the text and no more.
+the letters? Models learn this from texts in which a note comes again and again, at first of 64 tokens, then of 256 and
+of 1,024, and are asked after ever longer ones, read in pieces through the cache: one of a recurrence and attention,
+whose memory grows with the text; one of recurrences alone, whose memory does not, so that it has to learn what to let
+in. Beside them: the same when they see the end of the text and no more.
 """
 
 import argparse
@@ -32,13 +31,13 @@ READERS = {
 MARK, LETTERS, WRITTEN = "<note>", [f"<{letter}>" for letter in "abcdefghijklmnop"], 3  # letters of a note
 LESSONS = {64: (1.0, 1e-2), 256: (0.25, 5e-3), 1024: (0.5, 5e-3)}  # tokens of a text: share of the steps, rate
 Answer = tuple[float, int]  # the share of the letters that are right, and the bytes held
-PIECE, END = 1024, 64  # tokens: of a step of training or of what is read at once, and of what is seen of the end
+PIECE, END = 1024, 64  # tokens: of a step of training or of what is read at once; of what is seen of the end
 LENGTHS, TEXTS = (64, 1024, 4096, 32768), 8  # that are asked about, and of each how many
 
 
 class Notes(Dataset):
-    """Texts of `length` tokens: a stretch of `stream` with a note in it, and the note again at the end, whose letters are
-    asked; or `repeated`, to learn from, with the note wherever it fits, and asked each time but the first."""
+    """Texts of `length` tokens: a stretch of `stream` with a note in it, and the note again at the end, whose letters
+    are asked; or `repeated`, to learn from, with the note wherever it fits, and asked each time but the first."""
 
     def __init__(self, stream: Stream, tokenizer: PreTrainedTokenizerBase, length: int, count: int, repeated: bool):
         self.length, self.count, self.repeated = length, count, repeated
