@@ -27,7 +27,7 @@ from hf_arch.demo.tokens import Stream, Windows, train_tokenizer
 SIZES = {"hidden_size": 96, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 3}
 VOCABULARY = 2000
 RANK = 8
-STEPS = {"base": 300, "adapter": 100}
+STEPS = {"base": 600, "extraction": 500, "legal": 200, "sentiment": 800, "questions": 300}
 BATCH = 8  # texts
 ALL = "all"  # the adapter that learns all tasks
 
@@ -93,11 +93,11 @@ def teach(models: dict[str, PeftModel], every: dict[str, Task], tokenizer) -> No
     collators = {name: task.collator(tokenizer) for name, task in every.items()}
     for name, model in models.items():
         model.set_adapter(name)
-        learn(name, model, features[name], collators[name], STEPS["adapter"], 3e-3)
+        learn(name, model, features[name], collators[name], STEPS[name], 6e-3)
     together = hf_arch.MultiTaskModel(models, adapter=ALL)
     fewest = min(map(len, features.values()))
     batches = hf_arch.TaskBatches(features, collators, BATCH, limit=fewest)
-    learn("all four", together, batches, batches.collate, len(models) * STEPS["adapter"], 3e-3, batch_size=1)
+    learn("all four", together, batches, batches.collate, sum(STEPS[name] for name in models), 3e-3, batch_size=1)
 
 
 @torch.no_grad()

@@ -7,18 +7,18 @@ from hf_arch.attention import register_attention, window_cache
 from hf_arch.byte_tokenizer import byte_tokenizer
 from hf_arch.catalogue import ARCHITECTURES, find
 from hf_arch.convert import convert
-from hf_arch.distill import distill
 from hf_arch.export import export, push_to_hub
 from hf_arch.groups import parameter_groups
-from hf_arch.inverse_cloze import inverse_cloze
 from hf_arch.lora import lora_config, register_targets
 from hf_arch.multitask import MultiTaskModel, TaskBatches, share_weights
 from hf_arch.parallel_windows import parallel_windows
 from hf_arch.question_answering import QuestionAnsweringPipeline, answer_features
 from hf_arch.registration import register, register_pipeline
+from hf_arch.remake.distill import distill
+from hf_arch.remake.upcycle import upcycle
+from hf_arch.remake.uptrain import uptrain
+from hf_arch.search.inverse_cloze import inverse_cloze
 from hf_arch.states import fork, load_state, save_state, state_bytes
-from hf_arch.upcycle import upcycle
-from hf_arch.uptrain import uptrain
 
 register()
 register_pipeline()
@@ -26,31 +26,31 @@ register_targets()
 
 LATER = {  # transformers' Trainer and collators take seconds to import
     "ContrastiveCollator": "collators",
-    "ContrastiveTrainer": "contrastive",
-    "MixerTrainer": "mixer_fitting",
+    "ContrastiveTrainer": "search.contrastive",
+    "MixerTrainer": "remake.mixer_fitting",
     "NearDuplicates": "corpus.duplicates",
     "NoisyCollator": "corpus.noise",
     "PrefixLMCollator": "collators",
     "RoutingCallback": "routing",
     "RoutingStatistics": "routing",
-    "SpanCorruptionCollator": "collators",
-    "contrastive_loss": "contrastive",
-    "draw_ranks": "ranking_picture",
-    "embed": "contrastive",
-    "embed_texts": "contrastive",
-    "hard_negatives": "ranking",
-    "mean_reciprocal_rank": "ranking",
-    "ranks": "ranking",
-    "recall_at": "ranking",
-    "sentence_transformer": "searcher",
     "SeededCollator": "collators",
     "Segments": "streams",
     "SentenceMaskCollator": "segment_collators",
+    "SpanCorruptionCollator": "collators",
     "StatefulTrainer": "streams",
-    "describe": "description",
-    "load_word_vectors": "word_vectors",
     "WholeWordMaskCollator": "collators",
+    "contrastive_loss": "search.contrastive",
+    "describe": "description",
+    "draw_ranks": "search.picture",
+    "embed": "search.contrastive",
+    "embed_texts": "search.contrastive",
+    "hard_negatives": "search.ranking",
+    "load_word_vectors": "word_vectors",
+    "mean_reciprocal_rank": "search.ranking",
+    "ranks": "search.ranking",
+    "recall_at": "search.ranking",
     "routing_statistics": "routing",
+    "sentence_transformer": "search.searcher",
 }
 
 
@@ -81,8 +81,8 @@ __all__ = [
     "TaskBatches",
     "WholeWordMaskCollator",
     "answer_features",
-    "contrastive_loss",
     "byte_tokenizer",
+    "contrastive_loss",
     "convert",
     "describe",
     "distill",

@@ -31,10 +31,10 @@ from transformers import Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from examples import pretrain
-from hf_arch.contrastive import COLUMNS, ContrastiveTrainer
 from hf_arch.modeling.layers.experts import SideBySide
 from hf_arch.modeling.skeleton import heads, loss
 from hf_arch.modeling.skeleton.backbone import Backbone
+from hf_arch.search.contrastive import COLUMNS, ContrastiveTrainer
 from hf_arch.streams import Segments, StatefulTrainer
 from promises import DECODERS, EXACT, MODELS, ROWS, Case, some_tokens
 from training_buffer_toy import ToyConfig, ToyForCausalLM, buffers

@@ -20,7 +20,8 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = """
 import adapters
 adapters.SIZES.update(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1)
-adapters.VOCABULARY, adapters.STEPS = 400, {"base": 3, "adapter": 2}
+adapters.VOCABULARY = 400
+adapters.STEPS.update(base=3, extraction=2, legal=2, sentiment=2, questions=2)
 adapters.main()
 """
 TASKS = ["extraction", "legal", "sentiment", "questions"]

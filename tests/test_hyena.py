@@ -18,8 +18,8 @@ from torch.testing import assert_close
 import hf_arch
 from hf_arch import find
 from hf_arch.convert import convert
-from hf_arch.distill import fit
 from hf_arch.modeling.layers.derived import Derived
+from hf_arch.remake.distill import fit
 from promises import EXACT, ROWS, some_tokens
 
 GOLDEN = Path(__file__).parent / "goldens" / "hyena_original.safetensors"

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 import hf_arch
 from hf_arch.modeling.ops.retention import retention_decay
-from hf_arch.upcycle import as_ours
-from hf_arch.uptrain import FORMS
+from hf_arch.remake.upcycle import as_ours
+from hf_arch.remake.uptrain import FORMS
 from promises import EXACT, Case, some_tokens
 
 NEW = ("sink_attention", "favor", "retention", "ssd")

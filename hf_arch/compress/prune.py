@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from hf_arch.compress.sites import SITES, Site, Stack, stacks_of
 from hf_arch.modeling.skeleton.config import ArchConfig
-from hf_arch.remake import changed, refuse_adapters, remade
+from hf_arch.remake.state import changed, refuse_adapters, remade
 
 KINDS = (*SITES, "layers")
 State = dict[str, torch.Tensor]

@@ -12,7 +12,7 @@ from hf_arch.modeling.layers.derived import Derived
 from hf_arch.modeling.layers.experts import SeparateExperts, SideBySide
 from hf_arch.modeling.skeleton.backbone import Layer
 from hf_arch.modeling.skeleton.config import ArchConfig
-from hf_arch.remake import changed, refuse_adapters, remade
+from hf_arch.remake.state import changed, refuse_adapters, remade
 
 if TYPE_CHECKING:
     from transformers.utils.quantization_config import QuantizationConfigMixin

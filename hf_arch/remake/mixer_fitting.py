@@ -10,7 +10,7 @@ from transformers import EvalPrediction, PreTrainedModel, Trainer
 
 from hf_arch.modeling.skeleton.backbone import Backbone
 from hf_arch.modeling.state_space.hybrid.configuration_hybrid import ArchHybridConfig
-from hf_arch.upcycle import as_ours
+from hf_arch.remake.upcycle import as_ours
 
 
 class MixerTrainer(Trainer):

@@ -9,7 +9,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from hf_arch.publish import staged_file
-from hf_arch.ranking import ranks
+from hf_arch.search.ranking import ranks
 
 QUERY, DOCUMENT, LINE = "#d08a1d", "#0b6e99", "#9fb3c8"
 SHOWN = 60  # queries in a map

@@ -10,7 +10,7 @@ from torch.distributed.nn.functional import all_gather
 from transformers import EvalPrediction, PreTrainedConfig, Trainer
 
 from hf_arch.collators import ContrastiveCollator
-from hf_arch.ranking import mean_reciprocal_rank, recall_at
+from hf_arch.search.ranking import mean_reciprocal_rank, recall_at
 
 COLUMNS = ("query", "positive", "negative")
 

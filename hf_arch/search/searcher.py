@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
-from hf_arch.contrastive import pooling_of
 from hf_arch.publish import staged
+from hf_arch.search.contrastive import pooling_of
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

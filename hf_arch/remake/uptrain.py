@@ -18,8 +18,8 @@ from hf_arch.modeling.state_space.hybrid.configuration_hybrid import CONFIGS
 from hf_arch.modeling.state_space.hybrid.modeling_hybrid import ArchHybridModel
 from hf_arch.modeling.state_space.retnet.modeling_retnet import MultiScaleRetention
 from hf_arch.modeling.state_space.ssd.modeling_ssd import SSD
-from hf_arch.remake import remade
-from hf_arch.upcycle import as_ours
+from hf_arch.remake.state import remade
+from hf_arch.remake.upcycle import as_ours
 
 HYBRID = find("hybrid")
 TEACHERS = ("transformer", "mixtral", "hybrid")  # whose stacks have the parts that a hybrid has

@@ -10,7 +10,7 @@ from hf_arch.convert import from_original
 from hf_arch.modeling.layers.sparse import SPARSE_FEED_FORWARDS, MixtureOfExperts
 from hf_arch.modeling.skeleton.backbone import Backbone
 from hf_arch.modeling.skeleton.config import ArchConfig
-from hf_arch.remake import changed, refuse_adapters, remade
+from hf_arch.remake.state import changed, refuse_adapters, remade
 
 NEARLY_EVEN = 1e-4  # of the usual initialisation, for a router whose probabilities are to be nearly the same
 
