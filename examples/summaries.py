@@ -5,7 +5,8 @@ A document is what libraries say of a function or class, its name first and with
 up is what to write: real pairs, of which every Python carries thousands. A HAT encoder-decoder reads a document in
 segments of whole sentences and writes (an abstractive summary). Beside it: the first sentence of the document, the
 words of the name, and the summary of the most similar document that was learned from. They are compared by the words,
-and pairs of words, that a summary shares with the true one (as ROUGE does: Lin, 2004, aclanthology W04-1013).
+and pairs of words, that a summary shares with the true one (as ROUGE does: Lin, 2004, aclanthology W04-1013). Whether
+it reads at all is seen in what the true line costs who is told its document, who is told another, and trigrams.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 import hf_arch
+from hf_arch.demo.ngrams import NGram
 from hf_arch.demo.text import Document
 from hf_arch.demo.tokens import train_tokenizer
 
@@ -31,7 +33,7 @@ DEFINITION = re.compile(r'^ *(?:def|class) (\w+)[^"]{,500}?:\n +[ruRU]?"""(.+?)"
 CODE = re.compile(r"\s*(>>>|\.\.\. )")
 WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
 SENTENCE_END = re.compile(r"(?<=[.:])\s+(?=[A-Z`])")
-LEAST = 60  # words of a document
+LEAST, ASKED = 60, 200  # words of a document, and documents that are held out
 SEGMENT, SEGMENTS, ANSWER = 48, 4, 20  # tokens of a segment, segments of a document, tokens of a summary
 SIZES = {"vocab_size": 3000, "hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 4}
 SIZES |= {"encoder_num_hidden_layers": 2, "num_hidden_layers": 1, "hidden_dropout": 0.1, "initializer_range": 0.05}
@@ -67,7 +69,7 @@ def overlap(found: str, wanted: str, length: int = 1) -> float:
 
 
 def trained(train: list[Pair], folder: str, **options):
-    """A function that writes the summaries of some documents."""
+    """A function that writes the summaries of some documents, and one that says what a token of the true ones costs."""
     torch.manual_seed(0)
     tokenizer = train_tokenizer([Document("", f"{text} {summary}") for text, summary in train], SIZES["vocab_size"])
     processor = READER.load("Processor")(tokenizer, None, None, "sentence", SEGMENT, SEGMENTS)
@@ -83,9 +85,12 @@ def trained(train: list[Pair], folder: str, **options):
         return read(text) | {"labels": [*tokenizer(summary)["input_ids"][: ANSWER - 1], end]}
 
     told = {"learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 50, "logging_steps": 100}
-    told |= {"per_device_train_batch_size": 16, "save_strategy": "no", "report_to": []}
+    told |= {"per_device_train_batch_size": 16, "per_device_eval_batch_size": ASKED}  # one batch: a mean over tokens
+    told |= {"save_strategy": "no", "report_to": []}
     rows, collator = [row(*pair) for pair in train], DataCollatorWithPadding(processor)
-    Trainer(model, TrainingArguments(folder, **told | options), data_collator=collator, train_dataset=rows).train()
+    arguments = TrainingArguments(folder, **told | options)
+    trainer = Trainer(model, arguments, data_collator=collator, train_dataset=rows)
+    trainer.train()
 
     @torch.no_grad()
     def write(texts: list[str]) -> list[str]:
@@ -95,7 +100,15 @@ def trained(train: list[Pair], folder: str, **options):
         written = (model.generate(**batch, max_new_tokens=ANSWER, num_beams=2) for batch in batches)
         return [text for rows in written for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
-    return write
+    def costs(held_out: list[Pair]) -> dict[str, float]:
+        own = [row(*pair) for pair in held_out]
+        other = [{**one, "labels": this["labels"]} for one, this in zip(own[1:] + own[:1], own, strict=True)]
+        known, asked = (np.array([end, *(token for one in part for token in one["labels"])]) for part in (rows, own))
+        found = {"who reads the document": own, "who reads another one": other}
+        found = {name: trainer.evaluate(part)["eval_loss"] for name, part in found.items()}
+        return found | {"by trigrams of summaries": NGram(known, 3, len(tokenizer)).loss(asked)}
+
+    return write, costs
 
 
 def most_similar(train: list[Pair], texts: list[str]) -> list[str]:
@@ -105,16 +118,18 @@ def most_similar(train: list[Pair], texts: list[str]) -> list[str]:
     return [train[place][1] for place in np.asarray(scores.argmax(axis=1)).ravel()]
 
 
-def main(libraries: list[str], most: int = 2000, **options) -> dict[str, list[str]]:
+def main(libraries: list[str], most: int = 2000, **options) -> tuple[dict[str, list[str]], dict[str, float]]:
+    """What was written of the held-out documents, and what a token of the true line costs in nats."""
     every = [pair for library in libraries for pair in pairs(library)]
     random.Random(0).shuffle(every)
-    asked = min(200, len(every) // 10)
+    asked = min(ASKED, len(every) // 10)
     if not asked:
         raise ValueError(f"The libraries sum up {len(every)} long docstrings in a line: name more, or larger ones.")
     held_out, train = every[:asked], every[asked : asked + most]
     texts, wanted = zip(*held_out, strict=True)
     with TemporaryDirectory() as folder:
-        found = {"HAT encoder-decoder": trained(train, folder, **options)(list(texts))}
+        write, costs = trained(train, folder, **options)
+        found, nats = {"HAT encoder-decoder": write(list(texts))}, costs(held_out)
     found["the most similar document's"] = most_similar(train, list(texts))
     found["the first sentence"] = [SENTENCE_END.split(text)[1] for text in texts]
     found["the words of the name"] = [text.partition(".")[0] for text in texts]
@@ -125,10 +140,11 @@ def main(libraries: list[str], most: int = 2000, **options) -> dict[str, list[st
     for name, written in found.items():
         shares = [[overlap(*both, n) for both in zip(written, wanted, strict=True)] for n in (1, 2)]
         print(f"{name:28}", *(f"{sum(share) / asked:6.1%}" for share in shares))
+    print("Nats that a token of the true line costs", *(f"{name} {cost:.2f}" for name, cost in nats.items()), sep=", ")
     for place in range(3):
         print(f"{texts[place][:100]} ...\n  wanted:  {wanted[place]}")
         print(f"  written: {found['HAT encoder-decoder'][place]}")
-    return found
+    return found, nats
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def test_a_story_is_written_from_a_state_that_does_not_grow(files, tmp_path, mon
 def test_notes_are_told_and_asked(repeated):
     corpus = long_reading.split("the manual", python_manual()[:40])
     tokenizer = long_reading.train_tokenizer(corpus.train, 600)
-    tokenizer.add_tokens(long_reading.MARK, special_tokens=True)
+    tokenizer.add_tokens([long_reading.MARK, *long_reading.LETTERS], special_tokens=True)
     stream = long_reading.Stream.of(corpus.held_out, tokenizer)
     texts, distances = long_reading.Notes(stream, tokenizer, 256, 60, repeated), []
     for text in texts:
@@ -55,7 +55,7 @@ def test_notes_are_told_and_asked(repeated):
 def test_long_reading(files, monkeypatch, capsys):
     monkeypatch.setattr(long_reading, "SIZES", long_reading.SIZES | TINY | {"vocab_size": 600})
     monkeypatch.setattr(long_reading, "TEXTS", 2)
-    found = long_reading.main(files, (long_reading.LENGTH, 1024), **SHORT)
+    found = long_reading.main(files, (long_reading.END, 1024), **SHORT)
     assert list(found) == [f"{name}{part}" for name in long_reading.READERS for part in ("", ", the end")]
     held = {name: [size for _, size in of_lengths] for name, of_lengths in found.items()}
     assert held["recurrences"][0] == held["recurrences"][1]
@@ -69,9 +69,11 @@ def test_summaries(monkeypatch, capsys):
     sizes = TINY | {"vocab_size": 400, "encoder_num_hidden_layers": 2, "num_hidden_layers": 1}
     monkeypatch.setattr(summaries, "SIZES", summaries.SIZES | sizes)
     monkeypatch.setattr(summaries, "SEGMENTS", 2)
-    found = summaries.main(["networkx"], most=40, **SHORT)
+    found, nats = summaries.main(["networkx"], most=40, **SHORT)
     assert {len(written) for written in found.values()} == {len(found["HAT encoder-decoder"])}
     assert all(found["the first sentence"]) and all(found["the words of the name"])
+    read, other, trigrams = nats.values()
+    assert read == pytest.approx(other, abs=0.5) and 4 < read < 8 and trigrams < read  # of 400 tokens, after two steps
     assert "wanted:" in capsys.readouterr().out
     assert summaries.overlap("Return the sum", "return a sum") == pytest.approx(2 / 3)
     assert summaries.overlap("one two three", "two three one", 2) == 0.5 and summaries.overlap("", "one") == 0.0
