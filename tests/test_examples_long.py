@@ -69,9 +69,11 @@ def test_summaries(monkeypatch, capsys):
     sizes = TINY | {"vocab_size": 400, "encoder_num_hidden_layers": 2, "num_hidden_layers": 1}
     monkeypatch.setattr(summaries, "SIZES", summaries.SIZES | sizes)
     monkeypatch.setattr(summaries, "SEGMENTS", 2)
-    found = summaries.main(["networkx"], most=40, **SHORT)
+    found, nats = summaries.main(["networkx"], most=40, **SHORT)
     assert {len(written) for written in found.values()} == {len(found["HAT encoder-decoder"])}
     assert all(found["the first sentence"]) and all(found["the words of the name"])
+    read, other, trigrams = nats.values()
+    assert read == pytest.approx(other, abs=0.5) and 4 < read < 8 and trigrams < read  # of 400 tokens, after two steps
     assert "wanted:" in capsys.readouterr().out
     assert summaries.overlap("Return the sum", "return a sum") == pytest.approx(2 / 3)
     assert summaries.overlap("one two three", "two three one", 2) == 0.5 and summaries.overlap("", "one") == 0.0
