@@ -36,8 +36,8 @@ class Onnx(torch.nn.Module):
         self.session, self.device = onnxruntime.InferenceSession(path), torch.device("cpu")
 
     def forward(self, input_ids: torch.Tensor):
-        rows = [self.session.run(None, {"input_ids": row[None].numpy()})[0] for row in input_ids]
-        return argparse.Namespace(logits=torch.cat([torch.from_numpy(row) for row in rows]))
+        (logits,) = self.session.run(None, {"input_ids": input_ids.numpy()})
+        return argparse.Namespace(logits=torch.from_numpy(logits))
 
 
 def fitted(model, windows, folder: str, steps: int, teacher=None, lr: float = 3e-3):

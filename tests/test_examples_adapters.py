@@ -87,7 +87,7 @@ def test_measures_are_those_of_what_was_found():
 def test_simple_ways_learn_what_they_can():
     records = [made_texts.record(random.Random(i), False) for i in range(40)]
     found = adapter_tasks.extraction_baselines(None, records, records)
-    assert found["guess"]["F1"] == 0 and found["words"]["F1"] > 0.9
+    assert found["guess"]["F1"] == 0 and 0.5 < found["words"]["F1"] < 1  # a drug that is taken, or is not borne
     lines = [{"text": "up", "label": "good"}] * 3 + [{"text": "down", "label": "bad"}]
     found = adapter_tasks.label_baselines(None, lines, lines)
     assert found == {"guess": {"accuracy": 0.75}, "words": {"accuracy": 1.0}}

@@ -138,8 +138,8 @@ def test_one_expert_is_the_dense_feed_forward(kind, dense):
     for layer in range(2):
         held = sparse.model.layers[layer].feed_forward.experts
         name = f"model.layers.{layer}.feed_forward"
-        first = ("gate_proj", "up_proj")[-held.parts :]
-        for part, weight in zip(first, held.first_proj[0].chunk(held.parts), strict=True):
+        firsts = held.first_proj[0].chunk(len(held.first_parts))
+        for part, weight in zip(held.first_parts, firsts, strict=True):
             weights[f"{name}.{part}.weight"] = weight
         weights[f"{name}.down_proj.weight"] = held.down_proj[0]
     plain.load_state_dict(weights)

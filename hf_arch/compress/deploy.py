@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,82 +15,89 @@ from transformers import PreTrainedModel
 
 from hf_arch.compress.needs import need
 
-TRACED = 1, 150  # batch and length of the example that is followed
-OTHERS = (1, 90), (1, 201)  # of those at which what was made is compared with the model
+TRACED = 3, 150  # batch and length of the example that is followed
+OTHERS = (1, 90), (4, 201)  # of those at which what was made is compared with the model
 NEAR = 1e-4  # of the largest number of the answer
+WORDS = {  # what torch.export says -> what it means here
+    "data-dependent": "sizes inside it depend on what the tokens say, or on where padding lies",
+    "Runtime assertion failed": "Python counts its parts while the program is written, for one length",
+    "Guard failed": "Python counts its parts while the program is written, for one size",
+    "control flow": "Python asks how many there are of something while the program is written",
+    "complex-valued": "ONNX has no complex numbers",
+    "functional graph": "it writes into views of tensors, which ONNX has not",
+}
 
 
 class Read(nn.Module):
-    """input_ids [batch, length] -> logits or hidden states [batch, length, ...]"""
+    """The inputs of a model, in order -> logits or hidden states [batch, length, ...]"""
 
-    inputs = ("input_ids",)
-
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, padded: bool):
         super().__init__()
-        self.model = model
+        self.model, both = model, model.config.is_encoder_decoder
+        told = {
+            "input_ids": True,
+            "attention_mask": padded and (both or not model.can_generate()),  # later tokens change nothing in a decoder
+            "decoder_input_ids": both,
+        }
+        self.inputs = tuple(name for name, needed in told.items() if needed)
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=input_ids, use_cache=False)[0]
-
-
-class ReadAndAnswer(Read):
-    """The same of an encoder-decoder, whose answer begins with decoder_input_ids [batch, answer length]."""
-
-    inputs = ("input_ids", "decoder_input_ids")
-
-    def forward(self, input_ids: torch.Tensor, decoder_input_ids: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=input_ids, decoder_input_ids=decoder_input_ids, use_cache=False)[0]
+    def forward(self, *told: torch.Tensor) -> torch.Tensor:
+        return self.model(**dict(zip(self.inputs, told, strict=True)), use_cache=False)[0]
 
 
 @torch.no_grad()
-def to_program(model: PreTrainedModel, length: int | None = None) -> ExportedProgram:
-    """`model` as a program of torch.export: input_ids [1, length] (and decoder_input_ids, where it has a decoder
-    beside its encoder) -> the first of what the model answers, logits or hidden states. Example:
+def to_program(model: PreTrainedModel, length: int | None = None, padded: bool = True) -> ExportedProgram:
+    """`model` as a program of torch.export -> the first of what the model answers, logits or hidden states. It reads
+    `input_ids` [batch, length]; unless it is a causal language model, also `attention_mask` [batch, length], with zeros
+    for padding; and of an encoder-decoder the `decoder_input_ids` [batch, answer length]. Example:
 
         program = hf_arch.compress.to_program(model)
         logits = program.module()(input_ids)
         torch.export.save(program, "model.pt2")
 
-    A program reads one text, of any length; or, where a `length` is given, of exactly so many tokens: in a causal
-    model, for any text up to it, filled up with whatever tokens, since later ones change nothing. That is the way for
-    what works in chunks, buckets or choices: Python counts them while the program is written, and it would hold their
-    number for one length. Before it is answered, the program is compared with the model at other lengths.
+    Batch and length are any; or, where a `length` is given, texts have exactly so many tokens (an answer 7 less):
+    shorter ones are padded, a causal model's with whatever tokens, since later ones change nothing. That is the way for
+    what works in chunks: Python counts them while the program is written, which would hold their number for one length.
+    Some models look for padding in ways that no program can follow: not `padded`, they read texts that are whole. Which
+    rows of the catalogue are programs of which kind, docs/programs.md tells. Before it is answered, the program is
+    compared with the model at other batches and lengths.
 
     Raises ValueError where it cannot be written for any length, or answers otherwise than the model: the error says
     how far writing came. The model stays as it is.
     """
     with evaluating(model):
-        return written(model, length)[0]
+        return written(model, length, padded)[0]
 
 
 @torch.no_grad()
-def to_onnx(model: PreTrainedModel, path: str | Path, length: int | None = None) -> None:
+def to_onnx(model: PreTrainedModel, path: str | Path, length: int | None = None, padded: bool = True) -> None:
     """As `to_program`, as an ONNX file, whole or not at all; beside it `<path>.data` where the weights are over 2 GB.
     Example:
 
         hf_arch.compress.to_onnx(model, "model.onnx")
         session = onnxruntime.InferenceSession("model.onnx")
-        (logits,) = session.run(None, {"input_ids": ids})  # int64, [1, length]
+        (logits,) = session.run(None, {"input_ids": ids})  # int64, [batch, length]
 
-    Before it is put there, onnxruntime has run it at other lengths, and answered as the model. Raises as `to_program`,
-    and ImportError where onnx, onnxscript or onnxruntime is not installed.
+    Before it is put there, onnxruntime has run it at other batches and lengths, and answered as the model. Raises as
+    `to_program`, and ImportError where onnx, onnxscript or onnxruntime is not installed.
     """
     need("onnx", "onnxscript", "onnxruntime")
     import onnxruntime
 
     path = Path(path)
     with evaluating(model):
-        program, reader = written(model, length)
-        try:
-            names = {"input_names": reader.inputs, "output_names": ["answer"]}
-            made = torch.onnx.export(program, dynamo=True, verbose=False, **names)
-        except torch.onnx.OnnxExporterError as error:
-            raise ValueError(f"{named(model)} has operations that ONNX has not: {first_line(error)}") from error
+        program, reader = written(model, length, padded)
         path.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=path.parent) as folder:
-            made.save(Path(folder, path.name))
-            session = onnxruntime.InferenceSession(Path(folder, path.name), providers=["CPUExecutionProvider"])
-            compare(reader, functools.partial(run, session), sizes(length))
+            made = Path(folder, path.name)
+            try:
+                names = {"input_names": reader.inputs, "output_names": ["answer"]}
+                # Not optimized: onnxruntime does that when it reads, and onnxscript's optimizer fails at split texts
+                torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, **names).save(made)
+                session = onnxruntime.InferenceSession(made, providers=["CPUExecutionProvider"])
+            except Exception as error:  # of many kinds, each library's own
+                raise ValueError(f"{named(model)} is no ONNX file: {reason(error)}") from error
+            compare(reader, functools.partial(run, session), length)
             for made_file in Path(folder).iterdir():
                 os.replace(made_file, path.parent / made_file.name)
 
@@ -111,44 +119,47 @@ def run(session, *tokens: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(answer)
 
 
-def written(model: PreTrainedModel, length: int | None) -> tuple[ExportedProgram, Read]:
-    reader = (ReadAndAnswer if model.config.is_encoder_decoder else Read)(model)
-    batch, tokens = TRACED if length is None else (1, length)
-    shapes = tuple({1: Dim.AUTO} for _ in reader.inputs) if length is None else None
+def written(model: PreTrainedModel, length: int | None, padded: bool) -> tuple[ExportedProgram, Read]:
+    reader = Read(model, padded)
+    batch, tokens = TRACED if length is None else (TRACED[0], length)
+    dynamic = {0: Dim.AUTO} | ({1: Dim.AUTO} if length is None else {})
     try:
         program = torch.export.export(
             reader,
-            some_tokens(reader, batch, tokens),
-            dynamic_shapes=shapes,
+            some_texts(reader, batch, tokens),
+            dynamic_shapes=(tuple(dynamic for _ in reader.inputs),),
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
     except Exception as error:  # of many kinds, none of them torch.export's own
         raise ValueError(refusal(model, length, error)) from error
-    compare(reader, program.module(), sizes(length))
+    compare(reader, program.module(), length)
     return program, reader
 
 
-def some_tokens(reader: Read, batch: int, length: int) -> tuple[torch.Tensor, ...]:
-    """A text for each input; they differ in length, so that none is taken for the other's."""
+def some_texts(reader: Read, batch: int, length: int) -> tuple[torch.Tensor, ...]:
+    """The reader's inputs. An answer is as long as no text, so that neither length is taken for the other's."""
     draw, most = torch.Generator().manual_seed(length), reader.model.config.vocab_size
-    lengths = [max(1, length - 7 * number) for number in range(len(reader.inputs))]
-    tokens = [torch.randint(most, (batch, each), generator=draw) for each in lengths]
-    return tuple(ids.to(reader.model.device) for ids in tokens)
+    ends = (length - 5 * torch.arange(batch)).clamp(min=1)
+    made = {
+        "input_ids": torch.randint(most, (batch, length), generator=draw),
+        "attention_mask": (torch.arange(length) < ends[:, None]).long(),
+        "decoder_input_ids": torch.randint(most, (batch, max(1, length - 7)), generator=draw),
+    }
+    return tuple(made[name].to(reader.model.device) for name in reader.inputs)
 
 
-def sizes(length: int | None) -> tuple[tuple[int, int], ...]:
-    return OTHERS if length is None else ((1, length),)
-
-
-def compare(reader: Read, run: Callable, sizes: tuple[tuple[int, int], ...]) -> None:
-    for batch, length in sizes:
-        told = some_tokens(reader, batch, length)
+def compare(reader: Read, run: Callable, length: int | None) -> None:
+    for batch, tokens in OTHERS if length is None else [(batch, length) for batch, _ in OTHERS]:
+        told = some_texts(reader, batch, tokens)
         expected = reader(*told).cpu().float()
         try:
             found = run(*told).cpu().float()
         except Exception as error:  # of the runtime
-            raise ValueError(refusal(reader.model, None, error)) from error
+            raise ValueError(refusal(reader.model, length, error)) from error
+        real = dict(zip(reader.inputs, told, strict=True)).get("attention_mask")
+        if real is not None and expected.shape[:2] == real.shape:
+            expected, found = (answer[real.cpu() > 0] for answer in (expected, found))  # padding may get anything
         worst = ((found - expected).abs().max() / expected.abs().max()).item()
         if not worst < NEAR:
             raise ValueError(f"{named(reader.model)} answers otherwise as a program, by {worst:.1e}: it was not kept.")
@@ -156,12 +167,22 @@ def compare(reader: Read, run: Callable, sizes: tuple[tuple[int, int], ...]) -> 
 
 def refusal(model: PreTrainedModel, length: int | None, error: Exception) -> str:
     advice = "" if length else " Give a length: the program is then for texts up to it."
-    return f"{named(model)} is no program for texts of {length or 'any number of'} tokens: {first_line(error)}{advice}"
+    return f"{named(model)} is no program for texts of {length or 'any number of'} tokens: {reason(error)}.{advice}"
 
 
 def named(model: PreTrainedModel) -> str:
-    return f"A {type(model).__name__}"
+    return f"This {type(model).__name__}"
 
 
-def first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def reason(error: BaseException) -> str:
+    """The first line of what began it, in our words where we have some."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return in_words(next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__))
+
+
+def in_words(line: str) -> str:
+    if words := next((words for said, words in WORDS.items() if said in line), None):
+        return words
+    missing = re.match(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", line)
+    return f"ONNX has no {missing[1]}" if missing else line

@@ -40,7 +40,7 @@ class ChosenKernel(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        return output.reshape(len(query), query.shape[2], -1, value.shape[-1]), weights
+        return output.reshape(query.shape[0], query.shape[2], -1, value.shape[-1]), weights
 
 
 class Attention(Mixer):

@@ -62,7 +62,7 @@ def diagonal_pieces(bias, query: torch.Tensor, key: torch.Tensor, attention_mask
     if attention_mask is None and bias.causal:
         table = table.masked_fill(distance > 0, torch.finfo(table.dtype).min)
     if attention_mask is not None or table.requires_grad:
-        block = max(1, BIAS_ROOM // (len(query) * query.shape[1] * keys))
+        block = max(1, BIAS_ROOM // (query.shape[0] * query.shape[1] * keys))
     else:
         block = QUERY_BLOCK if bias.causal else queries
     for start in range(0, queries, block):
@@ -80,9 +80,12 @@ def diagonal_pieces(bias, query: torch.Tensor, key: torch.Tensor, attention_mask
 def written_pieces(bias, query, key, attention_mask, key_positions: torch.Tensor) -> BiasedPieces:
     """Blocks of queries, whose biases are looked up pair by pair."""
     queries, keys = query.shape[2], key.shape[2]
-    block = max(1, BIAS_ROOM // (len(query) * query.shape[1] * keys))
-    for start in range(0, queries, block):
-        rows = slice(start, start + block)
+    if torch.compiler.is_exporting():  # the program would hold the number of several blocks for one length
+        blocks = [slice(None)]
+    else:
+        block = max(1, BIAS_ROOM // (query.shape[0] * query.shape[1] * keys))
+        blocks = [slice(start, start + block) for start in range(0, queries, block)]
+    for rows in blocks:
         distance = key_positions[:, None, :] - bias.query_positions[:, rows, None]
         mask = bias.of_distance(distance).to(query.dtype)
         if attention_mask is not None:

@@ -25,7 +25,7 @@ class ChunkedMLP(MLP):
     2020, arXiv:2001.04451, section 3)."""
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        inside = len(hidden_states) * self.up_proj.out_features
+        inside = hidden_states.shape[0] * self.up_proj.out_features
         tokens = max(1, INSIDE_AT_ONCE[torch.is_grad_enabled()] // inside)
         forward = super().forward
         return torch.cat([forward(part) for part in hidden_states.split(tokens, dim=1)], dim=1)

@@ -100,7 +100,7 @@ class LevelCache:
         self.held, self.level, self.count = cache.layers, level, level.count
         self.first = level.before is None
         row, last = level.batch_row, level.last
-        place = level.place.expand(len(row), -1)
+        place = level.place.expand(row.shape[0], -1)
         if level.real is not None:
             place = torch.where(level.real, place, -1)
         if self.first:

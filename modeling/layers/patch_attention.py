@@ -32,5 +32,5 @@ class PatchAttention(Attention):
             memory.write(patches.length, **{name: patches.last(x) for name, x in laid.items()})
         heads = (x.flatten(0, 1).transpose(1, 2) for x in (query, *laid.values()))  # [patches of all rows, heads, ...]
         output, weights = self.attend(*heads, patches.mask, **kwargs)
-        output = output.unflatten(0, (len(hidden_states), -1))
+        output = output.unflatten(0, (hidden_states.shape[0], -1))
         return self.answer(output[:, 0] if patches.step else patches.back(output), weights)

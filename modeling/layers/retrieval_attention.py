@@ -112,7 +112,7 @@ class RetrievalAttention(Attention):
     def append(self, text: Text, key, value, place: torch.Tensor, column: torch.Tensor) -> None:
         """Put tokens into their columns, those of padding into one that is free, and bound the blocks that they are
         of."""
-        row = torch.arange(len(place), device=place.device)[:, None]
+        row = torch.arange(place.shape[0], device=place.device)[:, None]
         for held, new in ((text.key, key), (text.value, value)):
             held[row, :, column] = new.to(held.dtype)
         block, last = self.rule.block, text.bounds.shape[2] - 1

@@ -97,7 +97,7 @@ class ExpertChoiceFeedForward(MixtureOfExperts):
         tokens = hidden_states.flatten(0, -2)
         token, weight = self.router(hidden_states, documents)
         experts = torch.arange(self.num_experts, device=token.device)
-        self.record(token, documents, len(tokens))
+        self.record(token, documents, tokens.shape[0])
         # Expert by expert
         token, index, weight = (each.T.flatten() for each in (token, experts.expand_as(token), weight))
         answers = self.experts(tokens.index_select(0, token), index[:, None], weight[:, None])
@@ -129,7 +129,7 @@ class SoftFeedForward(MixtureOfExperts):
         dispatch, combine = self.router(rows, real)
         slots = dispatch.mT @ rows
         index = torch.arange(slots.shape[1], device=slots.device) * self.num_experts // slots.shape[1]
-        index = index.repeat(len(slots))[:, None]
+        index = index.repeat(slots.shape[0])[:, None]
         answers = self.experts(slots.flatten(0, 1), index, torch.ones_like(index, dtype=slots.dtype))
         output = combine @ answers.view_as(slots)
         return output if text is None else text.repack(output, *hidden_states.shape[:2])

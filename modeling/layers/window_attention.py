@@ -90,7 +90,7 @@ class CausalWindowAttention(Attention):
         reach = self.before * self.dilation
         order = (~real).long().sort(dim=1, stable=True).indices
         count = real.sum(1, keepdim=True)
-        columns = torch.arange(self.first + reach, device=key.device).expand(len(real), -1)
+        columns = torch.arange(self.first + reach, device=key.device).expand(real.shape[0], -1)
         columns = torch.where(columns < self.first, columns, columns - self.first - reach + count)
         there = (columns >= 0) & (columns < count)
         columns = order.gather(1, columns.clamp(0, real.shape[1] - 1))

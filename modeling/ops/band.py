@@ -97,7 +97,7 @@ class Band(NamedTuple):
         around = self.around_queries(x)
         if self.landmarks is None:
             return around
-        copies = take(x, self.landmarks)[:, None].expand(-1, len(around) // len(x), -1, -1, -1)
+        copies = take(x, self.landmarks)[:, None].expand(-1, around.shape[0] // x.shape[0], -1, -1, -1)
         return torch.cat((around, copies.flatten(0, 1)), dim=1)
 
 
@@ -146,7 +146,7 @@ def make_band(
             seen = torch.cat((seen, sees_landmarks(band, queries, documents, found, there, causal)), dim=-1)
             band = band._replace(landmarks=found)
     mask = torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, -math.inf)
-    return band._replace(mask=mask.repeat(batch // len(documents), 1, 1)[:, None])
+    return band._replace(mask=mask.repeat(batch // documents.shape[0], 1, 1)[:, None])
 
 
 def neighbouring_blocks(like: torch.Tensor, real: torch.Tensor | None, block: int) -> Band:
@@ -160,7 +160,7 @@ def neighbouring_blocks(like: torch.Tensor, real: torch.Tensor | None, block: in
     queries = band.rows(real.long(), NO_QUERY).flatten(0, 1).unflatten(0, (-1, band.block))[..., None]
     seen = queries == own_or_near(band, real.long())
     mask = torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, -math.inf)
-    return band._replace(mask=mask.repeat(len(like) // len(real), 1, 1)[:, None])
+    return band._replace(mask=mask.repeat(like.shape[0] // real.shape[0], 1, 1)[:, None])
 
 
 def order_of(documents: torch.Tensor) -> torch.Tensor | None:
@@ -193,7 +193,7 @@ def landmark_columns(landmarks: torch.Tensor, most: int | None = None) -> tuple[
 
 def sees_landmarks(band: Band, queries, documents, found, there, causal: bool) -> torch.Tensor:
     """[rows * blocks, block, count] whether a query sees each landmark."""
-    copies = len(queries) // len(found)
+    copies = queries.shape[0] // found.shape[0]
     numbers = documents.gather(1, found).masked_fill(~there, NONE).repeat_interleave(copies, 0)[:, None]
     seen = queries == numbers
     if causal:

@@ -152,7 +152,7 @@ def document_and_bucket(
     later documents, greatest for padding; and the last document of each row."""
     buckets = buckets.permute(0, 2, 3, 1)
     if documents is None:
-        return buckets + num_buckets, buckets.new_ones(len(buckets), 1, 1, 1)
+        return buckets + num_buckets, buckets.new_ones(buckets.shape[0], 1, 1, 1)
     last = documents.amax(1).clamp(min=1)[:, None, None, None]
     documents = documents.masked_fill(documents == 0, documents.shape[1] + 1)
     return buckets + num_buckets * documents[:, None, None], last

@@ -31,7 +31,7 @@ def recurrent_decayed_attention(
         added, decay = (v * gain[..., None]).unflatten(2, of_group), decay.exp().unflatten(2, of_group)
         state = initial_state
         if state is None:
-            state = v.new_zeros(len(v), value.shape[2], k.shape[-1], v.shape[-1])
+            state = v.new_zeros(v.shape[0], value.shape[2], k.shape[-1], v.shape[-1])
         state = state.unflatten(1, of_group)
         if documents is not None:
             real, starts = document_steps(documents)
@@ -86,7 +86,7 @@ def chunk_decayed_attention(
             sequences = [F.pad(x, (0, 0) * (x.ndim - 2) + (0, pad)) for x in sequences]
         state = initial_state
         if state is None:
-            state = value.new_zeros(len(value), value.shape[2], key.shape[-1], value.shape[-1], dtype=wide)
+            state = value.new_zeros(value.shape[0], value.shape[2], key.shape[-1], value.shape[-1], dtype=wide)
         skip = value.new_zeros(value.shape[2], dtype=wide) if skip is None else skip.to(wide)
         output, state = DecayedAttention.apply(*sequences, skip, state, document, size, torch.is_grad_enabled())
         output = output[:, :length] if pad else output

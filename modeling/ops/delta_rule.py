@@ -36,7 +36,7 @@ def recurrent_delta_rule(
         q, decay, k, v, a, b = (x.to(wide) for x in (query, log_decay, key, value, a, b))
         decay = decay.exp()[..., None]
         if state is None:
-            state = v.new_zeros(len(v), *k.shape[2:], v.shape[-1])
+            state = v.new_zeros(v.shape[0], *k.shape[2:], v.shape[-1])
         if documents is not None:
             real, starts = document_steps(documents)
         for t in range(q.shape[1]):

@@ -29,7 +29,7 @@ def recurrent_diagonal_state_space(
     wide = skip.dtype
     with without_autocast(x):
         x_ = x.to(wide)
-        state = x_.new_zeros(len(x), *decay.shape, 2) if initial_state is None else initial_state.to(wide)
+        state = x_.new_zeros(x.shape[0], *decay.shape, 2) if initial_state is None else initial_state.to(wide)
         state = torch.view_as_complex(state.contiguous())
         if documents is not None:
             real, starts = document_steps(documents)

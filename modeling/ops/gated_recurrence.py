@@ -41,4 +41,4 @@ def reversal(real: torch.Tensor) -> torch.Tensor:
     """
     place = torch.arange(real.shape[1], device=real.device)
     turned = torch.where(real, real.sum(dim=1, keepdim=True) - 1 - place, place)
-    return turned + torch.arange(len(real), device=real.device)[:, None] * real.shape[1]
+    return turned + torch.arange(real.shape[0], device=real.device)[:, None] * real.shape[1]

@@ -157,7 +157,7 @@ def sums_and_unit(state: torch.Tensor | None, key, value) -> tuple[torch.Tensor,
     """[batch, heads, features, dim + 1] and the logarithm of their unit [batch, heads]; keys and values [batch, length,
     heads, ...] tell the shapes of a state that is not there."""
     if state is None:
-        sums = key.new_zeros(len(key), *key.shape[2:], value.shape[-1])
+        sums = key.new_zeros(key.shape[0], *key.shape[2:], value.shape[-1])
         return sums, key.new_full(sums.shape[:2], NO_UNIT)
     state = state.to(key.dtype)
     read = (state[..., -2] > 0).any(-1)

@@ -69,7 +69,7 @@ def step_low_rank(x, matrix: LowRank, readout, skip, *, documents=None, initial_
     """`recurrent_low_rank_state_space` by what `low_rank` made before."""
     with without_autocast(x):
         x_ = x.to(skip.dtype)
-        shape = len(x), *matrix.diagonal.shape, 2
+        shape = x.shape[0], *matrix.diagonal.shape, 2
         state = x_.new_zeros(shape) if initial_state is None else initial_state.to(x_.dtype)
         state = torch.view_as_complex(state.contiguous())
         if documents is not None:

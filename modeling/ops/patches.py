@@ -59,6 +59,6 @@ class PatchRows(NamedTuple):
 
 def taken(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """rows [rows, length, ...], index [rows, taken] -> [rows, taken, ...]"""
-    start = torch.arange(len(rows), device=rows.device)[:, None] * rows.shape[1]
+    start = torch.arange(rows.shape[0], device=rows.device)[:, None] * rows.shape[1]
     found = rows.flatten(0, 1).index_select(0, (start + index).flatten())
     return found.view(*index.shape, *rows.shape[2:])

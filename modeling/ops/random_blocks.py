@@ -36,7 +36,7 @@ class BlockChoice(NamedTuple):
         most `longest`, NOWHERE where there are fewer."""
         (before, after), device = self.reach, place.device
         place, count = place[:, None], count[:, None]
-        first = torch.arange(self.first, device=device).expand(len(place), -1)
+        first = torch.arange(self.first, device=device).expand(place.shape[0], -1)
         last = count - 1 - torch.arange(self.last, device=device)
         near = place + torch.arange(-before, after + 1, device=device)
         top = place + 1 if self.causal else count - self.last
@@ -78,7 +78,7 @@ class BlockChoice(NamedTuple):
     def keys(self, blocks: Blocks, rows: torch.Tensor, layer: int) -> torch.Tensor:
         """[rows, count] the indices of the blocks that the blocks `rows` see, in order, those that are none at last."""
         seen = self.seen(blocks.place[rows], blocks.count[rows], blocks.longest, layer)
-        ahead = torch.arange(-blocks.ahead, 0, device=rows.device).expand(len(rows), -1)
+        ahead = torch.arange(-blocks.ahead, 0, device=rows.device).expand(rows.shape[0], -1)
         seen = torch.cat((ahead, seen), dim=1)
         keys = torch.where(seen == NOWHERE, NO_BLOCK, blocks.first[rows, None] + seen)
         return keys.sort(dim=1, descending=True).values[:, : max(1, blocks.ahead + blocks.longest)]

@@ -133,7 +133,7 @@ def retrieved_attention(
     does not grow with the square of the text."""
     if not query.numel():
         return query
-    place, outputs = place.expand(len(query), -1), []
+    place, outputs = place.expand(query.shape[0], -1), []
     for part, at in zip(query.split(QUERIES_OF_SPAN, dim=2), place.split(QUERIES_OF_SPAN, dim=1), strict=True):
         parts = [attend_near(part * scale, text, at, rule, dropout)]
         chosen, there = choose_blocks(part, text.bounds, at, rule, choose)

@@ -74,7 +74,7 @@ def prepared(x, step, A, key, query, documents, state) -> tuple[torch.Tensor | N
         step = step * real[..., None]
         keep = (~starts)[..., None].to(wide)
     if state is None:
-        state = x.new_zeros(len(x), *A.shape)
+        state = x.new_zeros(x.shape[0], *A.shape)
     return A, state, step * x, step, key, query, keep
 
 

@@ -63,7 +63,7 @@ def block_before(rounds: int, chunks: int, block: int, found: Unpacked | None, l
     last = number[-1:, None] if found is None else (found.lengths[:, None] - 1) // block
     turn = torch.arange(rounds, device=like.device)[:, None]
     first = (turn - 1) % rounds * chunks + last[:, None]
-    return torch.where(number > 0, turn * chunks + number - 1, first).flatten(1).expand(len(like), -1)
+    return torch.where(number > 0, turn * chunks + number - 1, first).flatten(1).expand(like.shape[0], -1)
 
 
 def take_blocks(x: torch.Tensor, number: torch.Tensor) -> torch.Tensor:

@@ -49,7 +49,7 @@ class Aligned(NamedTuple):
 
 def aligned(documents: torch.Tensor, size: int) -> Aligned:
     """`documents` [batch, length]: see `documents.py`."""
-    found, batch = find_documents(documents), len(documents)
+    found, batch = find_documents(documents), documents.shape[0]
     taken = -(-found.lengths // size)
     starts = taken.cumsum(0) - taken
     rows = torch.zeros(batch, dtype=torch.long, device=documents.device).index_add(0, found.batch_row, taken)

@@ -48,7 +48,7 @@ def fla_wkv(kernel, key, value, log_decay, bonus, *, documents=None, initial_sta
         return NotImplemented
     wide = torch.promote_types(key.dtype, torch.float32)
     if initial_state is None:
-        initial_state = key.new_zeros(len(key), 3, key.shape[-1], dtype=wide)
+        initial_state = key.new_zeros(key.shape[0], 3, key.shape[-1], dtype=wide)
     mean, read, weight = initial_state.to(wide).unbind(1)
     state = torch.stack((mean, read, torch.where(read > 0, weight, NOTHING)), dim=1)[:, :, None]
     tensors = (-log_decay.to(wide)).log(), bonus.to(wide), key.to(wide), value.to(wide)

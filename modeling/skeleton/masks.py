@@ -132,8 +132,8 @@ def key_positions(inputs_embeds, layer_idx: int, attention_mask=None, past_key_v
 def all_straight(inputs_embeds, attention_mask=None, past_key_values=None, position_ids=None) -> bool:
     """Whether the last keys are those of the queries, and tokens that see each other are as far apart as their columns:
     then a bias by distance need not be told their positions. False where it would take tracing, or a wait, to know."""
-    if past_key_values is not None and past_key_values.is_compileable:
-        return False
+    if past_key_values is not None and past_key_values.is_compileable or torch.compiler.is_exporting():
+        return False  # the views that a straight bias is made of have one length in a program
     if attention_mask is None and (position_ids is None or past_key_values is None):
         return True  # where positions do not go on by one, a document begins
     told = attention_mask if attention_mask is not None else position_ids

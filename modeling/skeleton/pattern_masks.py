@@ -47,7 +47,7 @@ def cached_documents(inputs_embeds, attention_mask, past_key_values, layer_idx: 
     """[batch, keys] 1 where a key is a real token, those to come among them. What is cached is one document."""
     keys, _ = past_key_values.get_mask_sizes(inputs_embeds.shape[1], layer_idx)
     if attention_mask is None:
-        return torch.ones(len(inputs_embeds), keys, dtype=torch.long, device=inputs_embeds.device)
+        return torch.ones(inputs_embeds.shape[0], keys, dtype=torch.long, device=inputs_embeds.device)
     return F.pad(attention_mask.long(), (0, keys - attention_mask.shape[1]))
 
 

@@ -192,7 +192,7 @@ def check_decoder_call(decoder_input_ids, decoder_inputs_embeds, past_key_values
 
 
 def check_source(encoded: torch.Tensor, attention_mask: torch.Tensor | None, queries: torch.Tensor) -> None:
-    if len(encoded) != len(queries):
+    if encoded.shape[0] != queries.shape[0]:
         raise ValueError(f"The encoder answered {len(encoded)} rows, but the decoder is to go on with {len(queries)}.")
     check_source_mask(encoded, attention_mask)
 

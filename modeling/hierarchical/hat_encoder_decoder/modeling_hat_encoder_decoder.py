@@ -39,7 +39,7 @@ class ArchHatEncoderDecoderModel(EncoderDecoder):
         if past_key_values is not None and past_key_values.is_updated.get(0):
             return {}
         check_source_mask(encoded, source[0])
-        if len(queries) % len(encoded):
+        if queries.shape[0] % encoded.shape[0]:
             raise ValueError(
                 f"The encoder answered {len(encoded)} rows, but the decoder is to go on with {len(queries)}: give as "
                 "many, or as many for each."
@@ -55,7 +55,7 @@ class ArchHatEncoderDecoderModel(EncoderDecoder):
         asking = None if packed is None else find_documents(packed[1])
         row = torch.arange(len(sizes), device=encoded.device)
         if packed is None:
-            row = row.repeat_interleave(len(queries) // len(encoded))
+            row = row.repeat_interleave(queries.shape[0] // encoded.shape[0])
         return {"source_layout": SourceLayout(encoded.shape[1], token, sizes, row, asking)}
 
 

@@ -62,7 +62,7 @@ class MegaByteResampling(Resampling):
         fires = level.place % self.patch_size == 0
         if level.real is not None:
             fires = fires & level.real
-        before = F.pad(self.before_text.to(stream.dtype), (sum(self.parts[:-1]), 0)).expand(len(stream), -1, -1)
+        before = F.pad(self.before_text.to(stream.dtype), (sum(self.parts[:-1]), 0)).expand(stream.shape[0], -1, -1)
         held = None if kept is None else kept.read("items")
         if held is not None:
             before = torch.where(level.place[:, :1, None] == 0, before, held.to(stream.dtype))

@@ -76,7 +76,7 @@ class BlockSparseAttention(Attention):
     def step(self, query, key, value, told: StepMask, layer_idx: int, asked: bool):
         """The same of one token; of the keys and values [batch, columns, heads, dim] only those seen are read."""
         columns, hidden = told.columns[layer_idx], told.hidden[layer_idx]
-        row, length = torch.arange(len(columns), device=columns.device)[:, None], key.shape[1]
+        row, length = torch.arange(columns.shape[0], device=columns.device)[:, None], key.shape[1]
         key, value = (x[row, columns].transpose(1, 2) for x in (key, value))
         mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device).masked_fill_(hidden, -torch.inf)
         options = self.block_options()
@@ -150,7 +150,7 @@ def step_mask(config: ArchBigBirdConfig, real: torch.Tensor, padded: bool) -> St
     hidden = (rank < 0) | (rank > place[:, None])
     columns = rank.clamp(min=0)
     if padded:  # the column of each rank is the first with as many real ones up to it
-        upto = real.cumsum(1).expand(len(seen), -1, -1)
+        upto = real.cumsum(1).expand(seen.shape[0], -1, -1)
         columns = torch.searchsorted(upto.contiguous(), columns + 1)
     return StepMask(columns.clamp(max=real.shape[1] - 1), hidden)
 

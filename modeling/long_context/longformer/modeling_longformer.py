@@ -120,7 +120,9 @@ def window_mask(
         everywhere = global_attention_mask > 0
         everywhere = everywhere if documents is None else everywhere & (documents > 0)
     elif documents is None:
-        everywhere = (torch.arange(length, device=inputs_embeds.device) < global_tokens).expand(len(inputs_embeds), -1)
+        everywhere = (torch.arange(length, device=inputs_embeds.device) < global_tokens).expand(
+            inputs_embeds.shape[0], -1
+        )
         most = min(global_tokens, length)
     else:
         everywhere = first_of_documents(documents, global_tokens)

@@ -71,8 +71,10 @@ class BidirectionalFavorAttention(FavorAttention):
         return found.repack(output, *documents.shape)
 
     def of_all(self, query, key, value, real):
-        """A few tokens after another, so that their features stay in a CPU's cache."""
-        size = max(PIECE // len(query), PIECE // 8) if query.device.type == "cpu" else query.shape[1]
+        """A few tokens after another, so that their features stay in a CPU's cache; in a program, which would hold
+        their number for one batch, all at once."""
+        at_once = query.device.type != "cpu" or torch.compiler.is_exporting()
+        size = query.shape[1] if at_once else max(PIECE // len(query), PIECE // 8)
         parts = [slice(start, start + size) for start in range(0, query.shape[1], size)]
         state = None
         for part in parts:
